@@ -1,0 +1,86 @@
+"""Reads gzipped NIfTI-1 volumes as a stream: each file is inflated once, and nothing is converted to float64.
+
+A NIfTI-1 file is a 348-byte header, then the voxels in Fortran order: the first axis runs fastest, so the file is a
+row of slabs along its last axis. nibabel reads the header here; the voxels are read slab by slab, because its
+`get_fdata()` makes a 512x512x300 CT 630 MB large, and slicing a gzipped array inflates the file again for every slice.
+"""
+
+import gzip
+import logging
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from support.files import BadInput
+
+_SILENT = logging.Logger("nifti", logging.CRITICAL)  # nibabel would report every header field that it repairs
+_DEFLATE = 1032  # the largest factor by which gzip can shrink data: a header that asks for more is lying
+_READ_ERRORS = (OSError, EOFError, zlib.error)  # gzip.BadGzipFile is an OSError
+
+
+@dataclass(frozen=True)
+class Nifti:
+    """A checked header: value = slope * stored + inter, and `affine` maps voxel indices to RAS+ millimetres."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int  # bytes before the first voxel
+    slope: float
+    inter: float
+    affine: np.ndarray | None  # [4, 4]; None when the header does not say how the patient lies
+
+
+def read_header(path: Path) -> Nifti:
+    """The header of a .nii.gz file. Raises BadInput when it is missing or corrupt, or cannot be true of this file."""
+    try:
+        with gzip.open(path) as stream:
+            header = Nifti1Header(stream.read(348), check=False)
+        header.check_fix(logger=_SILENT)
+        shape, dtype = header.get_data_shape(), header.get_data_dtype()
+        slope, inter = header.get_slope_inter()
+        offset = int(header["vox_offset"])
+        oriented = bool(header["sform_code"] or header["qform_code"])
+        affine = np.array(header.get_best_affine(), dtype=float) if oriented else None
+    except (*_READ_ERRORS, HeaderDataError, WrapStructError, ValueError, OverflowError) as error:
+        raise BadInput(f"{path}: no readable NIfTI-1 header: {error}") from error
+    if header["magic"].item() != b"n+1" or dtype.kind not in "iuf" or offset < 348 or min(shape, default=0) < 1:
+        raise BadInput(f"{path}: not a NIfTI-1 file of real numbers (type {dtype}, shape {shape}, offset {offset})")
+    if np.isinf(float(header["scl_slope"])):  # NaN and 0 mean "not scaled"
+        raise BadInput(f"{path}: non-finite values: scl_slope is infinite")
+    claimed, size = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if claimed > size * _DEFLATE:
+        raise BadInput(f"{path}: the header's shape {shape} asks for {claimed:,} bytes, but the file has only {size:,}")
+    if slope is None:
+        slope, inter = 1.0, 0.0
+    return Nifti(path, shape, dtype, offset, slope, inter, affine)
+
+
+def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
+    """Yields the stored numbers slab by slab along the last axis, each of shape `nifti.shape[:-1]`, read-only.
+
+    Raises BadInput when the file is truncated, fails its checksum, or holds NaN or infinity.
+    """
+    shape = nifti.shape[:-1]
+    size = math.prod(shape) * nifti.dtype.itemsize
+    try:
+        with gzip.open(nifti.path) as stream:
+            stream.seek(nifti.offset)
+            for _ in range(nifti.shape[-1]):
+                block = stream.read(size)
+                if len(block) < size:
+                    raise BadInput(f"{nifti.path}: truncated: fewer voxels than the header says")
+                slab = np.frombuffer(block, nifti.dtype).reshape(shape, order="F")
+                if nifti.dtype.kind == "f" and not np.isfinite(slab).all():
+                    raise BadInput(f"{nifti.path}: non-finite values (NaN or infinity)")
+                yield slab
+            stream.read(1)  # reaching the end makes gzip compare its checksum
+    except _READ_ERRORS as error:
+        raise BadInput(f"{nifti.path}: truncated or corrupt: {error}") from error

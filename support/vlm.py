@@ -1,0 +1,207 @@
+"""Qwen2.5-VL: load and save checkpoints, choose what is trained, turn prompts and pictures into batches.
+
+The Hugging Face model is used unmodified. Its `AutoProcessor` needs torchvision (for video); we need only its two
+halves, the tokenizer and the image processor, and expand the image placeholder ourselves (`encode`).
+"""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from support.files import BadInput
+
+transformers_logging.disable_progress_bar()
+
+IMAGE_PAD = "<|image_pad|>"
+DEMO_MARKER = "medreason_demo"  # key in config.json that support/tiny_vlm.py writes; see `is_demo`
+
+# What `--train` can name: patterns that must match a parameter's whole name. An unanchored "mlp" would be wrong: it
+# also occurs in the vision blocks and the merger. A tied lm_head is listed under embed_tokens, so "llm" covers it.
+MERGER = r"model\.visual\.merger\..+"
+LLM_MLP = r"model\.language_model\.layers\.\d+\.mlp\..+"
+GROUPS = {
+    "merger": MERGER,
+    "llm_mlp": LLM_MLP,
+    "mlp": f"{MERGER}|{LLM_MLP}",
+    "llm": r"model\.language_model\..+|lm_head\..+",
+    "full": r".+",
+}
+
+
+@dataclass
+class Processor:
+    """The two halves of a checkpoint's processor."""
+
+    tokenizer: object
+    image_processor: object
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def load_config(name: str):
+    """The configuration of a checkpoint folder or hub id. Raises BadInput with a remedy when it cannot be had."""
+    return _pretrained(AutoConfig, name)
+
+
+def is_demo(name: str) -> bool:
+    """Whether a checkpoint descends from the tiny demo model: only then do a script's DEMO values apply."""
+    return bool(getattr(load_config(name), DEMO_MARKER, False))
+
+
+def load_processor(name: str) -> Processor:
+    """Tokenizer and image processor of a folder or hub id. Raises BadInput when a needed token is missing."""
+    processor = Processor(_pretrained(AutoTokenizer, name), _pretrained(AutoImageProcessor, name))
+    tokens = processor.tokenizer.get_vocab()
+    for token in (IMAGE_PAD, "<|vision_start|>", "<|im_start|>", "<|im_end|>"):
+        if token not in tokens:
+            raise BadInput(f"{name}: the tokenizer has no {token} token; a Qwen2.5-VL checkpoint is needed")
+    if processor.tokenizer.chat_template is None:
+        raise BadInput(f"{name}: no chat template; copy the base model's chat_template.jinja into the folder")
+    return processor
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The model of a folder or hub id on `device`, in evaluation mode: bf16 on a GPU, fp32 on a CPU unless told.
+
+    Only safetensors are read, never pickles. Raises BadInput with a remedy when it cannot be loaded.
+    """
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model, report = _pretrained(
+        AutoModelForImageTextToText,
+        name,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        broken = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise BadInput(f"{name}: weights missing or of another shape ({', '.join(broken[:3])}); fetch the folder again")
+    return model.to(device).eval()
+
+
+def _pretrained(kind, name: str, **kwargs):
+    """`kind.from_pretrained(name)`, with the failures that a user can mend turned into one line."""
+    local = Path(name).is_dir()
+    if not local and (Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/"))):
+        raise BadInput(f"{name}: no such checkpoint folder (a hub id looks like Qwen/Qwen2.5-VL-7B-Instruct)")
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        remedy = "is the folder complete?" if local else "is there a network, and is the id right and open to you?"
+        raise BadInput(f"{name}: cannot be loaded as a checkpoint ({remedy}): {reason}") from error
+
+
+def save_checkpoint(folder: Path, model: torch.nn.Module, processor: Processor) -> None:
+    """Writes a complete Hugging Face folder: config, generation config, safetensors, tokenizer, image processor.
+
+    Weights are stored in the dtype that the model was loaded with, so that on a GPU fp32 masters come out as bf16.
+    """
+    state = {name: tensor.to(model.config.dtype) for name, tensor in model.state_dict().items()}
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        del state["lm_head.weight"]  # tied: stored once, under its embedding's name
+    model.save_pretrained(folder, state_dict=state)
+    processor.save(folder)
+
+
+def set_trainable(model: torch.nn.Module, group: str) -> dict[str, torch.nn.Parameter]:
+    """Freezes everything but the parameters of `group` (a key of GROUPS) and returns those by name.
+
+    Trained parameters become fp32 masters; frozen ones keep their dtype. Raises BadInput when nothing matches, as for
+    a family of other names.
+    """
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.fullmatch(GROUPS[group], name) is not None)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            chosen[name] = parameter
+    if not chosen:
+        raise BadInput(f"--train {group}: no parameter of {type(model).__name__} is named like that")
+    return chosen
+
+
+def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of `model` that never changes; it shares every frozen tensor and copies only the trained ones."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    reference = copy.deepcopy(model, shared)
+    return reference.requires_grad_(False).eval()
+
+
+def stop_ids(model: torch.nn.Module, processor: Processor) -> list[int]:
+    """Every token id that ends a completion: those of generation_config and the chat's own end of turn."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, (list, tuple)) else [configured]
+    turn_end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return sorted({turn_end, *(i for i in configured if i is not None)})
+
+
+def encode(processor: Processor, images: list[Image.Image], prompts: list[str], answers: list[str] | None = None):
+    """One batch of chats, each a picture and a prompt, ready for `model(**batch)`.
+
+    Without `answers` rows are padded on the left, so that completions start in one column; with them the answer and
+    the end-of-turn token follow the prompt, rows are padded on the right, and `labels` holds the answer's tokens, EOS
+    included, and -100 elsewhere: built from lengths, never from pad ids, since pad and EOS may be one token.
+
+    Returns a dict of input_ids, attention_mask, mm_token_type_ids (1 at image tokens; without it the model silently
+    loses its 3-D positions), [B, T] each; pixel_values [patches, channels * 2 * 14 * 14]; image_grid_thw [B, 3].
+    Raises BadInput for a prompt that holds an image placeholder of its own.
+    """
+    tokenizer, pixels = processor.tokenizer, processor.image_processor(images=images, return_tensors="pt")
+    merge = processor.image_processor.merge_size**2
+    rows, starts = [], []
+    for i, (prompt, grid) in enumerate(zip(prompts, pixels["image_grid_thw"], strict=True)):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        chat = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        if text.count(IMAGE_PAD) != 1:
+            raise BadInput(f"prompt {prompt[:60]!r}: it must not hold {IMAGE_PAD}, which stands for the picture")
+        ids = tokenizer(text.replace(IMAGE_PAD, IMAGE_PAD * int(grid.prod() // merge)))["input_ids"]
+        starts.append(len(ids))
+        if answers is not None:
+            ids = ids + tokenizer(answers[i] + "<|im_end|>")["input_ids"]
+        rows.append(ids)
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # its value never matters: it is masked
+    input_ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for i, ids in enumerate(rows):
+        columns = slice(0, len(ids)) if answers is not None else slice(width - len(ids), width)
+        input_ids[i, columns], mask[i, columns] = torch.tensor(ids), 1
+        labels[i, starts[i] : len(ids)] = input_ids[i, starts[i] : len(ids)]
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": ((input_ids == image_token) & mask.bool()).int(),
+        "pixel_values": pixels["pixel_values"],
+        "image_grid_thw": pixels["image_grid_thw"],
+    }
+    if answers is not None:
+        batch["labels"] = labels
+    return batch
+
+
+def positions(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """The 3-D rotary positions (time, height, width) of a batch of prompts, [3, B, T]; text after a picture goes on
+    from the picture's longer side, and padding is 0."""
+    return model.model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        image_grid_thw=batch["image_grid_thw"],
+        attention_mask=batch["attention_mask"],
+    )[0]
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,134 @@
+"""Small hand-made CTs and masks in ReXGroundingCT's and CT-RATE's layout; shared by test_make_dataset, test_zoom_augment.
+
+Everything is written from plain arrays in picture axes, [slice, row, column] = toward the head, the back, the patient's
+left. The NIfTI bytes and the orientations are put together here by hand, independently of the code under test.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+
+DEPTH, HEIGHT, WIDTH = 12, 48, 40
+# letter -> (picture axis, is it reversed?, world axis in RAS+ mm, direction along it)
+AXES = {
+    "L": (2, False, 0, -1),
+    "R": (2, True, 0, 1),
+    "P": (1, False, 1, -1),
+    "A": (1, True, 1, 1),
+    "S": (0, False, 2, 1),
+    "I": (0, True, 2, -1),
+}
+# With this window a stored HU of 0 to 255 is the picture's gray value itself, so pictures can be compared exactly.
+IDENTITY_WINDOW = ("--window", "127.5", "255")
+
+
+def to_file_axes(picture: np.ndarray, axes: str) -> np.ndarray:
+    """[slice, row, column] -> the array a file with `axes` (such as "LPS") stores."""
+    for letter in axes:
+        axis, reverse, _, _ = AXES[letter]
+        picture = np.flip(picture, axis) if reverse else picture
+    return picture.transpose([AXES[letter][0] for letter in axes])
+
+
+def affine_for(axes: str, spacing: tuple[float, float, float] = (0.7, 0.7, 2.0)) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for i, letter in enumerate(axes):
+        _, _, world, sign = AXES[letter]
+        affine[world, i] = sign * spacing[world]
+    affine[:3, 3] = (-11.0, 20.0, -300.0)
+    return affine
+
+
+def nifti(voxels: np.ndarray, affine: np.ndarray | None = None, **fields) -> bytes:
+    """The uncompressed bytes of a NIfTI-1 file; `fields` overwrite header fields, also with nonsense."""
+    header = Nifti1Header()
+    header.set_data_dtype(voxels.dtype)
+    header.set_data_shape(voxels.shape)
+    if affine is not None:
+        header.set_sform(affine, 1)
+    for key, value in {"magic": b"n+1", "vox_offset": 352, "scl_slope": 1, "scl_inter": 0, **fields}.items():
+        header[key] = value
+    return header.binaryblock + bytes(4) + voxels.tobytes(order="F")
+
+
+def write_gz(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data, 1, mtime=0))
+    return path
+
+
+def chest(seed: int = 0, shape: tuple[int, int, int] = (DEPTH, HEIGHT, WIDTH)) -> np.ndarray:
+    """Random HU of 0 to 255: no two slices, rows, columns or mirror images are alike."""
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.int16)
+
+
+def block(slices: tuple[int, int], box: list[int], shape: tuple[int, int, int] = (DEPTH, HEIGHT, WIDTH)) -> np.ndarray:
+    """A lesion mask: `box` [x0, y0, x1, y1] on the slices from slices[0] up to, not including, slices[1]."""
+    mask = np.zeros(shape, np.uint8)
+    mask[slices[0] : slices[1], box[1] : box[3], box[0] : box[2]] = 1
+    return mask
+
+
+def ct_path(root: Path, name: str, flat: bool = False) -> Path:
+    stem = name.removesuffix(".nii.gz")
+    series = stem.rsplit("_", 1)[0]
+    tree = f"dataset/{stem.split('_')[0]}_fixed/{series.rsplit('_', 1)[0]}/{series}/{name}"
+    return root / "ct_rate" / (name if flat else tree)
+
+
+def mask_path(root: Path, name: str) -> Path:
+    return root / "rex" / "segmentations" / name
+
+
+def add_case(
+    root: Path,
+    name: str = "train_1_a_1.nii.gz",
+    lesions: dict[int, np.ndarray] | list[np.ndarray] = (),
+    categories: tuple[str, ...] = ("2b",),
+    picture: np.ndarray | None = None,
+    axes: str = "LPS",
+    layout: str = "first",
+    affine: np.ndarray | None = None,
+    flat: bool = False,
+    **fields,
+) -> dict:
+    """Writes one CT and its mask under `root` and returns its entry for dataset.json; `fields` go to the CT's header."""
+    picture = chest() if picture is None else picture
+    lesions = lesions or [block((3, 6), [25, 6, 33, 12], picture.shape)] * len(categories)
+    voxels = to_file_axes(picture, axes)
+    channels = [to_file_axes(lesion, axes) for lesion in lesions]
+    mask = channels[0] if layout == "3d" else np.stack(channels, 0 if layout == "first" else -1)
+    write_gz(ct_path(root, name, flat), nifti(voxels, affine_for(axes) if affine is None else affine, **fields))
+    write_gz(mask_path(root, name), nifti(mask, np.eye(4)))  # as in the real set, its own affine is of no use
+    keys = [str(i) for i in range(len(channels))]
+    return {
+        "name": name,
+        "findings": {key: f"Finding {key} of {name}." for key in keys},
+        "entity_counts": dict.fromkeys(keys, 1),
+        "shape": list(voxels.shape),
+        "pixels": {key: int((channel > 0).sum()) for key, channel in zip(keys, channels, strict=True)},
+        "categories": dict(zip(keys, categories, strict=True)),
+        "protocol": "protocol1",
+    }
+
+
+def write_index(root: Path, train: list, val: list = (), test: list = ()) -> list[str]:
+    """Writes dataset.json and returns 01's flags for the two folders."""
+    path = root / "rex" / "dataset.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"train": list(train), "val": list(val), "test": list(test)}))
+    (root / "ct_rate").mkdir(exist_ok=True)
+    return ["--rexgroundingct", str(root / "rex"), "--ct-rate", str(root / "ct_rate"), "--workers", "1"]
+
+
+def read_lines(folder: Path, split: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / split / "metadata.jsonl").read_text().splitlines()]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder` with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

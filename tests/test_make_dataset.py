@@ -1,0 +1,621 @@
+"""Stage 01: geometry, boxes, slices, split, folder, restart and bad input, on hand-made NIfTI files."""
+
+import gzip
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rewards import CLASSES, QUESTION, predicted_class
+from support.files import BadInput, read_records
+from support.pool import parallel
+from support.rexgroundingct import Case, check_entry, finding_axis
+from tests import ct_fixtures as ct
+
+stage = importlib.import_module("01_make_dataset")
+ROOT = Path(__file__).resolve().parents[1]
+BOX = [25, 6, 33, 12]  # the fixtures' lesion, on slices 3, 4, 5
+
+
+def build(flags: list[str], out: Path, *more: str) -> tuple[dict, list[dict]]:
+    """Runs 01 in this process; returns dataset_info.json and the records of both splits."""
+    stage.main([*flags, "--out", str(out), *more])
+    records = [record for split in ("train", "test") for record in ct.read_lines(out, split)]
+    return json.loads((out / "dataset_info.json").read_text()), records
+
+
+def picture_of(out: Path, record: dict) -> np.ndarray:
+    path = next(path for split in ("train", "test") if (path := out / split / record["file_name"]).exists())
+    return np.array(Image.open(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "3d"])
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "LAS", "SLP", "PIR", "ARI"])
+def test_a_lesion_lands_in_its_box_whatever_the_files_axes(tmp_path, axes, layout):
+    picture, entry = ct.chest(3), ct.add_case(tmp_path, picture=ct.chest(3), axes=axes, layout=layout)
+    _, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out", *ct.IDENTITY_WINDOW)
+    assert [(r["slice"], r["box"], r["boxes"]) for r in records] == [(k, BOX, [BOX]) for k in (3, 4, 5)]
+    for record in records:
+        np.testing.assert_array_equal(picture_of(tmp_path / "out", record), picture[record["slice"]])
+
+
+def test_world_coordinates_decide_left_right_front_and_top(tmp_path):
+    # One bright voxel, placed by its position in mm: to the patient's right (+x), to the back (-y), high (+z).
+    affine = np.array([[0, -1.0, 0, 20], [-1.0, 0, 0, 30], [0, 0, 2.0, -100], [0, 0, 0, 1]])
+    shape = (48, 40, 12)
+    i, j, k = np.round(np.linalg.inv(affine) @ [15, -10, -84, 1])[:3].astype(int)
+    voxels, mask = np.zeros(shape, np.int16), np.zeros((1, *shape), np.uint8)
+    voxels[i, j, k], mask[0, i - 2 : i + 3, j - 2 : j + 3, k] = 255, 1
+    name = "train_5_a_1.nii.gz"
+    ct.write_gz(ct.ct_path(tmp_path, name), ct.nifti(voxels, affine))
+    ct.write_gz(ct.mask_path(tmp_path, name), ct.nifti(mask))
+    entry = {"name": name, "findings": {"0": "x"}, "shape": list(shape), "categories": {"0": "2d"}}
+    _, (record,) = build(ct.write_index(tmp_path, [entry]), tmp_path / "out", *ct.IDENTITY_WINDOW)
+    # x from 20 down to -19: column 20 - 15; y from 30 down to -17: row 30 + 10; z from -100 in steps of 2: slice 8
+    assert record["slice"] == 8 and record["box"] == [3, 38, 8, 43]
+    assert np.argwhere(picture_of(tmp_path / "out", record) == 255).tolist() == [[40, 5]]
+
+
+def test_an_oblique_affine_counts_as_its_nearest_axes(tmp_path):
+    angle = np.deg2rad(12)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = ct.affine_for("RAS")
+    affine[:3, :3] = turn @ affine[:3, :3]
+    entry = ct.add_case(tmp_path, axes="RAS", affine=affine)
+    _, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out", *ct.IDENTITY_WINDOW)
+    assert {tuple(r["box"]) for r in records} == {tuple(BOX)}
+    np.testing.assert_array_equal(picture_of(tmp_path / "out", records[0]), ct.chest()[3])
+
+
+def case_of(shape: tuple, findings: int) -> Case:
+    return Case("train_1_a_1.nii.gz", shape, tuple(map(str, range(findings))), ("x",) * findings, ("2b",) * findings)
+
+
+def test_the_finding_axis_is_found_by_the_jsons_shape_only():
+    assert finding_axis((12, 40, 48, 12), case_of((40, 48, 12), 12)) == 0  # as many findings as slices
+    assert finding_axis((40, 48, 12, 12), case_of((40, 48, 12), 12)) == 3
+    assert finding_axis((5, 5, 5, 5), case_of((5, 5, 5), 5)) == 0  # both fit: the documented place
+    assert finding_axis((40, 48, 12), case_of((40, 48, 12), 1)) is None
+    for wrong in [(40, 48, 12), (12, 48, 40, 2), (3, 40, 48, 12), (2, 40, 48, 12, 1), (48, 40, 12, 2)]:
+        with pytest.raises(BadInput, match="shape"):
+            finding_axis(wrong, case_of((40, 48, 12), 2))
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_each_finding_keeps_its_own_channel_text_and_class(tmp_path, layout):
+    lesions = [ct.block((1, 2), [2, 2, 8, 8]), ct.block((7, 8), [20, 20, 30, 30]) * 5, ct.block((9, 10), [0, 40, 9, 48])]
+    entry = ct.add_case(tmp_path, lesions=lesions, categories=("2e", "1c", "2d"), layout=layout)
+    entry["findings"] = {key: entry["findings"][key] for key in ("2", "0", "1")}  # the order in the JSON is no matter
+    _, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out")
+    assert [(r["finding"], r["slice"], r["box"], r["category"], r["label"], r["text"]) for r in records] == [
+        (0, 1, [2, 2, 8, 8], "2e", "Pleural effusion/thickening", "Finding 0 of train_1_a_1.nii.gz."),
+        (1, 7, [20, 20, 30, 30], "1c", "Emphysema", "Finding 1 of train_1_a_1.nii.gz."),
+        (2, 9, [0, 40, 9, 48], "2d", "Pulmonary nodules/masses", "Finding 2 of train_1_a_1.nii.gz."),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", ">i2", "u4", "i8", "f4", "f8"])
+def test_any_number_type_of_mask_and_ct(tmp_path, dtype):
+    lesion, picture = (ct.block((3, 6), BOX) * 7).astype(dtype), ct.chest().astype(dtype)
+    entry = ct.add_case(tmp_path, lesions=[lesion], picture=picture)
+    if dtype == ">i2":  # the voxels are big-endian: let the header be so too
+        for path in (ct.ct_path(tmp_path, entry["name"]), ct.mask_path(tmp_path, entry["name"])):
+            rewrite(path, lambda data: ct.Nifti1Header(data[:348]).as_byteswapped(">").binaryblock + data[348:])
+    _, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out", *ct.IDENTITY_WINDOW)
+    assert [r["box"] for r in records] == [BOX] * 3
+    np.testing.assert_array_equal(picture_of(tmp_path / "out", records[0]), ct.chest()[3])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gray values
+
+
+def test_window_against_numbers_worked_by_hand():
+    # -600 / 1500: 0 at -1350, 255 at 150; -1000 is 350/1500*255 = 59.5, 40 is 1390/1500*255 = 236.3
+    hu = np.array([-3000, -1350, -1000, -600, 40, 150, 3000])
+    assert stage.apply_window(hu, (-600, 1500)).tolist() == [0, 0, 60, 128, 236, 255, 255]
+    assert stage.apply_window(np.array([-110, 40, 190]), (40, 300)).tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(("slope", "inter", "stored"), [(1, -1024, 1064), (2, -1000, 520), (0, 0, 40), (np.nan, 0, 40)])
+def test_slope_and_intercept_give_hu(tmp_path, slope, inter, stored):
+    picture = np.full((ct.DEPTH, ct.HEIGHT, ct.WIDTH), stored, np.int16)
+    entry = ct.add_case(tmp_path, picture=picture, scl_slope=slope, scl_inter=inter)
+    _, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out")
+    assert set(picture_of(tmp_path / "out", records[0]).flat) == {236}  # 40 HU in every case
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes, slices, cap
+
+
+def test_boxes_are_8_connected_components_larger_than_the_limit_and_sorted():
+    lesion = np.zeros((40, 60), bool)
+    lesion[2:6, 3:9] = True  # 6 x 4 = 24: not larger than 24
+    lesion[10:15, 20:25] = True  # 25
+    lesion[range(20, 26), range(30, 36)] = True  # six pixels on a diagonal: one component, its box has 36
+    lesion[30:35, 2:7] = True  # 25, but further to the left
+    assert stage.find_boxes(lesion, 24) == [[30, 20, 36, 26], [2, 30, 7, 35], [20, 10, 25, 15]]
+    assert stage.find_boxes(lesion, 25) == [[30, 20, 36, 26]]
+    assert stage.find_boxes(np.zeros((4, 4), bool), 0) == []
+
+
+@pytest.mark.parametrize(("side", "at_limit", "above"), [(512, (26, 50), (3, 434)), (768, (45, 65), (46, 65))])
+def test_the_papers_1300_pixels_are_exact_and_scale_with_the_image(side, at_limit, above):
+    lesions = np.zeros((2, side, side, 1), bool)  # 1300 * (768 / 512)**2 = 2925 = 45 * 65
+    lesions[0, : at_limit[0], : at_limit[1]] = True
+    lesions[1, : above[0], : above[1]] = True
+    (boxes,), _ = stage.boxes_by_slice(lesions, 1300 / 512**2)
+    assert boxes == {1: [[0, 0, above[1], above[0]]]}
+
+
+def test_several_components_make_one_record_with_the_largest_as_its_box(tmp_path):
+    lesion = ct.block((4, 5), [2, 2, 8, 8]) + ct.block((4, 5), [20, 10, 32, 30]) * 2 + ct.block((4, 5), [0, 40, 2, 42])
+    entry = ct.add_case(tmp_path, lesions=[lesion])
+    _, (record,) = build(ct.write_index(tmp_path, [entry]), tmp_path / "out")
+    assert record["box"] == [20, 10, 32, 30] and record["boxes"] == [[20, 10, 32, 30], [2, 2, 8, 8]]
+
+
+def test_evenly_spaced():
+    assert stage.evenly_spaced(list(range(9)), 3) == [1, 4, 7]
+    assert stage.evenly_spaced(list(range(10)), 1) == [5]
+    assert stage.evenly_spaced([3, 5], 2) == [3, 5] and stage.evenly_spaced([3], 20) == [3]
+    for count in range(1, 60):
+        gaps = np.diff(stage.evenly_spaced(list(range(60)), count))
+        assert len(gaps) == count - 1 and (len(gaps) == 0 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1))
+
+
+@pytest.mark.parametrize("cap", ["finding", "volume"])
+def test_cap(tmp_path, cap):
+    shape = (70, 40, 40)  # finding 0 on 60 slices, finding 1 on 10 of them and on 10 others
+    lesions = [ct.block((0, 60), [1, 1, 9, 9], shape), ct.block((50, 70), [20, 20, 30, 30], shape)]
+    entry = ct.add_case(tmp_path, lesions=lesions, categories=("2b", "2c"), picture=ct.chest(0, shape))
+    info, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out", "--cap", cap)
+    slices = [[r["slice"] for r in records if r["finding"] == f] for f in (0, 1)]
+    if cap == "finding":
+        assert slices == [list(range(1, 60, 3)), list(range(50, 70))]
+    else:  # 20 of the 70 slices, each with every finding that is on it
+        chosen = sorted({r["slice"] for r in records})
+        assert len(chosen) == 20 and set(np.diff(chosen)) == {3, 4}
+        assert slices == [[k for k in chosen if k < 60], [k for k in chosen if k >= 50]]
+    pngs = [path for path in (tmp_path / "out").rglob("images/*.png")]
+    assert len(pngs) == len({r["slice"] for r in records}) == sum(info["slices"].values())
+
+
+def test_small_and_left_out_findings_are_counted_and_are_not_errors(tmp_path):
+    lesions = [ct.block((3, 6), BOX), ct.block((3, 6), [1, 1, 4, 4]), ct.block((8, 9), BOX)]
+    entry = ct.add_case(tmp_path, lesions=lesions, categories=("2b", "2c", "2g"))
+    info, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out", "--strict")
+    assert [r["slice"] for r in records] == [3, 4, 5] and {r["finding"] for r in records} == {0}
+    assert (info["too_small"], info["left_out"], info["skipped"]) == (1, {"2g": 1}, [])
+
+
+def test_the_fourteen_categories():
+    assert len(stage.CLASS_OF) == 14
+    assert set(stage.CLASS_OF.values()) - {None} == set(CLASSES)
+    assert [code for code, label in stage.CLASS_OF.items() if label is None] == ["1f", "2g", "2h"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split and the folder
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> tuple[Path, list[str]]:
+    """Ten people, four of them scanned twice, one number in both of CT-RATE's halves."""
+    root = tmp_path_factory.mktemp("many")
+    names = [f"train_{n}_a_1.nii.gz" for n in range(1, 9)] + [f"train_{n}_b_2.nii.gz" for n in (1, 3, 5)]
+    names += ["train_1841_a_1.nii.gz", "train_1841_a_2.nii.gz"]
+    entries = [ct.add_case(root, name, picture=ct.chest(i)) for i, name in enumerate(names)]
+    val = ct.add_case(root, "valid_1841_a_1.nii.gz", categories=("2c", "1c"), flat=True)  # a flat folder works too
+    test = {"name": "valid_77_a_1.nii.gz", "findings": {"0": "Has no mask."}}
+    return root, ct.write_index(root, entries, [val], [test])
+
+
+def test_patients_are_never_in_both_splits(many, tmp_path):
+    info, records = build(many[1], tmp_path / "out")
+    people = {split: {r["patient"] for r in ct.read_lines(tmp_path / "out", split)} for split in ("train", "test")}
+    assert not people["train"] & people["test"]
+    assert (len(people["train"]), len(people["test"])) == (8, 2)  # 10 people, a fifth
+    assert people["train"] | people["test"] == {*(f"train_{n}" for n in range(1, 9)), "train_1841", "valid_1841"}
+    assert {r["volume"] for r in records if r["patient"] == "train_1841"} == {"train_1841_a_1", "train_1841_a_2"}
+    assert info["patients"] == {"train": 8, "test": 2} and sum(info["volumes"].values()) == 14
+    assert info["stage"] == "01" and info["phantoms"] is False
+
+
+def test_split_patients():
+    people = {f"train_{n}" for n in range(100)}
+    split = stage.split_patients(people, 0.2, seed=0)
+    assert sorted(split.values()).count("test") == 20 and set(split) == people
+    assert split == stage.split_patients(people, 0.2, seed=0) != stage.split_patients(people, 0.2, seed=1)
+    assert sorted(stage.split_patients({"train_1841", "valid_1841"}, 0.2, 0).values()) == ["test", "train"]
+    assert set(stage.split_patients(people, 0, 0).values()) == {"train"}
+
+
+def test_what_an_imagefolder_reader_sees(many, tmp_path):
+    info, _ = build(many[1], tmp_path / "out")
+    seen = set()
+    for split in ("train", "test"):
+        records = ct.read_lines(tmp_path / "out", split)
+        for record in records:
+            assert list(record) == (
+                "file_name id volume patient slice finding box boxes category label text question answer".split()
+            )
+            with Image.open(tmp_path / "out" / split / record["file_name"]) as picture:
+                assert (picture.format, picture.mode, picture.size) == ("PNG", "L", (ct.WIDTH, ct.HEIGHT))
+            assert record["question"] == QUESTION and predicted_class(record["answer"]) == record["label"]
+            assert record["box"] == record["boxes"][0]
+        named = {Path(record["file_name"]).name for record in records}
+        assert named == {path.name for path in (tmp_path / "out" / split / "images").iterdir()}
+        assert info["records"][split] == len(records) == sum(info["classes"][split].values())
+        assert len(read_records(tmp_path / "out", split)) == len(records)  # what 02 to 05 read
+        seen |= {record["id"] for record in records}
+    assert len(seen) == sum(info["records"].values()) == 13 * 3 + 2 * 3
+    with Image.open(tmp_path / "out" / "overview.png") as overview:
+        assert overview.size == (1400, 860)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Restart
+
+
+@pytest.fixture(scope="module")
+def finished(many, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    build(many[1], out)
+    return ct.tree(out)
+
+
+def test_two_workers_write_the_same_bytes(many, finished, tmp_path):
+    stage.main([*many[1], "--out", str(tmp_path / "out"), "--workers", "2"])
+    assert ct.tree(tmp_path / "out") == finished
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 7, 30, 56, 57, 59])
+def test_interrupted_anywhere_and_started_again(many, finished, tmp_path, monkeypatch, capsys, writes):
+    out, real, count = tmp_path / "out", stage.write_atomic, 0
+
+    def interrupted(path, data):
+        nonlocal count
+        count += 1
+        if count > writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(path.name + ".tmp").write_bytes(b"half a")
+            raise KeyboardInterrupt
+        real(path, data)
+
+    monkeypatch.setattr(stage, "write_atomic", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        build(many[1], out)
+    assert stop.value.code == 130 and "goes on from here" in capsys.readouterr().err
+    monkeypatch.setattr(stage, "write_atomic", real)
+    before = {path: path.stat().st_mtime_ns for path in (out / ".work").glob("*_*.json")}
+    build(many[1], out)
+    assert ct.tree(out) == finished
+    assert len(before) == min(writes // 4, 14)  # 3 pictures and a record file a volume
+    assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing was done twice
+
+
+def test_a_finished_folder_is_not_redone(many, finished, tmp_path, monkeypatch):
+    build(many[1], tmp_path / "out")
+    monkeypatch.setattr(stage, "build_volume", None)  # calling it would raise
+    build(many[1], tmp_path / "out")
+    assert ct.tree(tmp_path / "out") == finished
+
+
+def test_a_lost_part_is_made_again_and_strays_go(many, finished, tmp_path):
+    out = tmp_path / "out"
+    build(many[1], out)
+    shutil.rmtree(out / "test")
+    for path in (out / ".work").glob("*_a_1.json"):
+        path.unlink()
+    (out / "train" / "images" / "stray.png").write_bytes(b"")
+    build(many[1], out)
+    assert ct.tree(out) == finished
+
+
+def test_other_settings_or_a_strange_folder_are_refused(many, tmp_path):
+    build(many[1], tmp_path / "out")
+    with pytest.raises(SystemExit, match="other settings.*max_slices"):
+        build(many[1], tmp_path / "out", "--max-slices", "3")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    with pytest.raises(SystemExit, match="not made by"):
+        build(many[1], tmp_path / "mine")
+    assert ct.tree(tmp_path / "mine") == {"thesis.txt": b"keep"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: (what to do to the bad volume, what its line must say)
+
+
+def rewrite(path: Path, change) -> None:
+    """Applies `change` to the file's uncompressed bytes."""
+    ct.write_gz(path, change(gzip.decompress(path.read_bytes())))
+
+
+def header_with(path: Path, **fields) -> None:
+    def change(data):
+        header = ct.Nifti1Header(data[:348])
+        for key, value in fields.items():
+            header[key] = value
+        return header.binaryblock + data[348:]
+
+    rewrite(path, change)
+
+
+def with_voxels(path: Path, voxels: np.ndarray, affine=None) -> None:
+    ct.write_gz(path, ct.nifti(voxels, affine))
+
+
+def flip_byte(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x55
+    path.write_bytes(data)
+
+
+def nan_volume(value: float) -> np.ndarray:
+    voxels = ct.to_file_axes(ct.chest(), "LPS").astype("f4").copy()
+    voxels[0, 0, 11] = value  # on a slice that is not even chosen
+    return voxels
+
+
+SHAPE = (ct.WIDTH, ct.HEIGHT, ct.DEPTH)
+BAD_FILES = {
+    "ct missing": (lambda c, m, e: c.unlink(), "no CT"),
+    "mask missing": (lambda c, m, e: m.unlink(), "No such file"),
+    "ct is a folder": (lambda c, m, e: (c.unlink(), c.mkdir()), "no CT"),
+    "ct empty": (lambda c, m, e: c.write_bytes(b""), "NIfTI-1"),
+    "ct truncated": (lambda c, m, e: c.write_bytes(c.read_bytes()[:-900]), "truncated"),
+    "mask truncated": (lambda c, m, e: m.write_bytes(m.read_bytes()[:-20]), "truncated"),
+    "ct too short inside": (lambda c, m, e: rewrite(c, lambda data: data[:-2]), "truncated"),
+    "mask too short inside": (lambda c, m, e: rewrite(m, lambda data: data[:5000]), "truncated"),
+    "ct not gzip": (lambda c, m, e: c.write_bytes(b"plain text, no gzip" * 50), "gzip"),
+    "ct not nifti": (lambda c, m, e: ct.write_gz(c, bytes(range(256)) * 20), "NIfTI-1"),
+    "ct flipped in the middle": (lambda c, m, e: flip_byte(c, c.stat().st_size // 2), "corrupt"),
+    "ct checksum wrong": (lambda c, m, e: flip_byte(c, c.stat().st_size - 6), "corrupt"),
+    "ct header nonsense": (lambda c, m, e: header_with(c, sizeof_hdr=7), "NIfTI-1"),
+    "ct magic of a pair": (lambda c, m, e: header_with(c, magic=b"ni1"), "NIfTI-1"),
+    "ct unknown type": (lambda c, m, e: header_with(c, datatype=999), "NIfTI-1"),
+    "ct complex": (lambda c, m, e: header_with(c, datatype=32, bitpix=64), "real numbers"),
+    "ct offset nan": (lambda c, m, e: header_with(c, vox_offset=np.nan), "NIfTI-1"),
+    "ct offset huge": (lambda c, m, e: header_with(c, vox_offset=1e30), "asks for"),
+    "ct of terabytes": (lambda c, m, e: header_with(c, dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), "asks for"),
+    "mask of terabytes": (lambda c, m, e: header_with(m, dim=[4, 9, 9999, 9999, 9999, 1, 1, 1]), "asks for"),
+    "negative dimension": (lambda c, m, e: header_with(c, dim=[3, 40, -48, 12, 1, 1, 1, 1]), "NIfTI-1"),
+    "ct and json ask for too much": (
+        lambda c, m, e: (header_with(c, dim=[3, 1000, 1000, 1000, 1, 1, 1, 1]), e.update(shape=[1000, 1000, 1000])),
+        "asks for",
+    ),
+    "ct unlike the json": (lambda c, m, e: with_voxels(c, np.zeros((9, 48, 40), "i2"), ct.affine_for("LPS")), "shape"),
+    "ct with axes swapped": (lambda c, m, e: with_voxels(c, np.zeros((48, 40, 12), "i2"), ct.affine_for("LPS")), "shape"),
+    "ct 2-D": (lambda c, m, e: with_voxels(c, np.zeros((40, 48), "i2"), ct.affine_for("LPS")), "shape"),
+    "mask unlike the json": (lambda c, m, e: with_voxels(m, np.ones((2, *SHAPE), "u1")), "finding"),
+    "mask 5-D": (lambda c, m, e: with_voxels(m, np.ones((1, *SHAPE, 2), "u1")), "finding"),
+    "mask empty": (lambda c, m, e: with_voxels(m, np.zeros((1, *SHAPE), "u1")), "empty mask"),
+    "mask nan": (lambda c, m, e: with_voxels(m, np.full((1, *SHAPE), np.nan, "f4")), "non-finite"),
+    "ct nan": (lambda c, m, e: with_voxels(c, nan_volume(np.nan), ct.affine_for("LPS")), "non-finite"),
+    "ct inf": (lambda c, m, e: with_voxels(c, nan_volume(np.inf), ct.affine_for("LPS")), "non-finite"),
+    "slope inf": (lambda c, m, e: header_with(c, scl_slope=np.inf), "non-finite"),
+    "intercept nan": (lambda c, m, e: header_with(c, scl_inter=np.nan), "NIfTI-1"),
+    "affine nan": (lambda c, m, e: header_with(c, srow_x=[np.nan, 0, 0, 0]), "affine"),
+    "affine zero": (lambda c, m, e: header_with(c, srow_x=[0, 0, 0, 0]), "affine"),
+    "affine flat": (lambda c, m, e: header_with(c, srow_z=[1, 0, 0, 0], srow_x=[1, 0, 0, 0]), "affine"),
+    "no orientation": (lambda c, m, e: header_with(c, sform_code=0), "orientation"),
+    "unknown category": (lambda c, m, e: e.update(categories={"0": "9z"}), "unknown category '9z'"),
+}
+BAD_FIELDS = {
+    "name ../": {"name": "../train_9_a_1.nii.gz"},
+    "name absolute": {"name": "/etc/train_9_a_1.nii.gz"},
+    "name with a folder": {"name": "x/train_9_a_1.nii.gz"},
+    "name with a newline": {"name": "train_9_a_1.nii.gz\n"},
+    "name with other digits": {"name": "train_٣_a_1.nii.gz"},
+    "name of another kind": {"name": "brain.nii.gz"},
+    "name number": {"name": 7},
+    "name missing": {"name": None},
+    "findings list": {"findings": ["x"]},
+    "findings empty": {"findings": {}},
+    "findings key": {"findings": {"../0": "x"}, "categories": {"../0": "2b"}},
+    "finding text": {"findings": {"0": 5}},
+    "categories null": {"categories": None},
+    "category missing": {"categories": {"1": "2b"}},
+    "category list": {"categories": {"0": ["2b"]}},
+    "shape string": {"shape": "40x48x12"},
+    "shape short": {"shape": [40, 48]},
+    "shape floats": {"shape": [40.0, 48, 12]},
+    "shape booleans": {"shape": [True, 48, 12]},
+    "shape zero": {"shape": [0, 48, 12]},
+    "shape negative": {"shape": [-40, 48, 12]},
+    "shape endless": {"shape": [10**30, 48, 12]},
+    "shape too much": {"shape": [4096, 4096, 4096]},
+    "pixels list": {"pixels": [1]},
+    "entity_counts string": {"entity_counts": "1"},
+    "protocol number": {"protocol": 1},
+}
+
+
+def check_skip(root: Path, entries: list, words: str, capsys) -> None:
+    """The bad entry is one counted line, the good one goes on; --strict ends in one line."""
+    flags = ct.write_index(root, entries)
+    info, records = build(flags, root / "out")
+    assert len(info["skipped"]) == 1 and words in info["skipped"][0]["reason"], info["skipped"]
+    assert {r["volume"] for r in records} == {"train_1_a_1"} and len(records) == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(lines) == 1 and words in lines[0]
+    with pytest.raises(SystemExit) as stop:
+        build(flags, root / "strict", "--strict")
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and words in message and "\n" not in message
+    assert {path.name for path in root.iterdir()} == {"rex", "ct_rate", "out", "strict"}  # nothing lands elsewhere
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_are_one_line_each(tmp_path, capsys, kind):
+    change, words = BAD_FILES[kind]
+    good, bad = ct.add_case(tmp_path), ct.add_case(tmp_path, "train_2_a_1.nii.gz")
+    change(ct.ct_path(tmp_path, bad["name"]), ct.mask_path(tmp_path, bad["name"]), bad)
+    check_skip(tmp_path, [good, bad], words, capsys)
+
+
+@pytest.mark.parametrize("kind", BAD_FIELDS)
+def test_bad_fields_are_one_line_each(tmp_path, capsys, kind):
+    good, bad = ct.add_case(tmp_path), {**ct.add_case(tmp_path, "train_2_a_1.nii.gz"), **BAD_FIELDS[kind]}
+    check_skip(tmp_path, [good, bad], "field", capsys)
+
+
+def test_duplicates_and_entries_of_another_type(tmp_path, capsys):
+    good = ct.add_case(tmp_path)
+    check_skip(tmp_path, [good, {**good, "findings": {"0": "another text"}}], "duplicate", capsys)
+    for n, strange in enumerate([None, 5, "text", [good]]):
+        (tmp_path / str(n)).mkdir()
+        check_skip(tmp_path / str(n), [ct.add_case(tmp_path / str(n)), strange], "not a JSON object", capsys)
+
+
+def test_one_bad_finding_leaves_the_volumes_others(tmp_path):
+    lesions = [ct.block((3, 6), BOX), ct.block((0, 0), BOX), ct.block((8, 9), BOX), ct.block((8, 9), BOX)]
+    entry = ct.add_case(tmp_path, lesions=lesions, categories=("2b", "2c", "9z", "2d"))
+    info, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out")
+    assert [(s["volume"], s["finding"]) for s in info["skipped"]] == [("train_1_a_1", "1"), ("train_1_a_1", "2")]
+    assert [(r["slice"], r["finding"]) for r in records] == [(3, 0), (4, 0), (5, 0), (8, 3)]
+
+
+def test_a_mended_volume_is_taken_up_by_the_next_run(tmp_path):
+    good, late = ct.add_case(tmp_path), ct.add_case(tmp_path, "train_2_a_1.nii.gz")
+    path, away = ct.ct_path(tmp_path, late["name"]), tmp_path / "away"
+    path.rename(away)
+    flags = ct.write_index(tmp_path, [good, late])
+    info, records = build(flags, tmp_path / "out")
+    assert len(info["skipped"]) == 1 and len(records) == 3
+    away.rename(path)
+    build(flags, tmp_path / "out")
+    build(flags, tmp_path / "whole")
+    assert ct.tree(tmp_path / "out") == ct.tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"train": {}}', '{"test": []}', "[" * 100_000, "\xff"])
+def test_a_useless_dataset_json_ends_in_one_line(tmp_path, text):
+    flags = ct.write_index(tmp_path, [])
+    (tmp_path / "rex" / "dataset.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(SystemExit) as stop:
+        build(flags, tmp_path / "out")
+    assert "dataset.json" in stop.value.code and "\n" not in stop.value.code
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_no_json_no_record(tmp_path):
+    flags = ct.write_index(tmp_path, [])
+    with pytest.raises(SystemExit, match="no usable record"):
+        build(flags, tmp_path / "out")
+    (tmp_path / "rex" / "dataset.json").unlink()
+    with pytest.raises(SystemExit, match="cannot be read"):
+        build(flags, tmp_path / "out2")
+    with pytest.raises(SystemExit, match="no such folder"):
+        stage.main(["--rexgroundingct", str(tmp_path / "nowhere"), "--ct-rate", str(tmp_path), "--out", str(tmp_path / "o")])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=8,
+)
+ENTRY = {"name": "train_1_a_1.nii.gz", "findings": {"0": "x"}, "shape": [40, 48, 12], "categories": {"0": "2b"}}
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(st.sampled_from([*ENTRY, "pixels", "entity_counts", "protocol", None]), JSON)
+def test_any_json_is_a_case_or_bad_input(field, value):
+    try:
+        case = check_entry(value if field is None else {**ENTRY, field: value})
+    except BadInput as error:
+        assert "\n" not in str(error)
+    else:
+        assert case.patient == "train_1" and len(case.shape) == 3 and len(case.keys) == len(case.texts) >= 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, TypeError, ValueError, IndexError, OSError, MemoryError])
+def test_an_internal_bug_still_raises(tmp_path, monkeypatch, error):
+    def bug(*_):
+        raise error("a bug of ours")
+
+    monkeypatch.setattr(stage, "find_boxes", bug)
+    with pytest.raises(error, match="a bug of ours"):
+        build(ct.write_index(tmp_path, [ct.add_case(tmp_path)]), tmp_path / "out")
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(BadInput, match="fewer --workers"):
+        list(parallel(os._exit, [(1,), (1,)], 2, "test"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_list_ct_prints_only_paths(many, tmp_path, capsys):
+    stage.main(["--rexgroundingct", str(many[0] / "rex"), "--list-ct"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 14 and "dataset/train_fixed/train_3/train_3_b/train_3_b_2.nii.gz" in lines
+    assert lines[-1] == "dataset/valid_fixed/valid_1841/valid_1841_a/valid_1841_a_1.nii.gz"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--rexgroundingct", "x"],
+        ["--ct-rate", "x"],
+        ["--list-ct"],
+        ["--rexgroundingct", "x", "--ct-rate", "x", "--phantoms", "3"],
+        ["--phantoms", "0"],
+        ["--max-slices", "0"],
+        ["--window", "0", "0"],
+        ["--window", "nan", "5"],
+        ["--test-fraction", "1.5"],
+        ["--min-box-fraction", "-1"],
+    ],
+)
+def test_flags_that_make_no_sense(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        stage.main(flags)
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def run_script(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "01_make_dataset.py", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_phantoms_end_to_end_as_a_subprocess(tmp_path):
+    out = tmp_path / "data" / "ct_rate_vqa"
+    done = run_script("--phantoms", "6", "--seed", "5", "--workers", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "6 phantom volumes, seed 5" in done.stdout
+    info = json.loads((out / "dataset_info.json").read_text())
+    assert info["phantoms"] is True and info["settings"]["phantoms"] == 6 and info["skipped"] == []
+    assert min(info["records"].values()) > 0 and sorted(path.name for path in out.parent.iterdir()) == [
+        "ct_rate_vqa",
+        "phantoms",
+    ]
+    for split in ("train", "test"):
+        assert len(read_records(out, split)) == info["records"][split]
+
+
+def test_strict_as_a_subprocess(tmp_path):
+    bad = ct.add_case(tmp_path)
+    ct.mask_path(tmp_path, bad["name"]).unlink()
+    done = run_script(*ct.write_index(tmp_path, [bad]), "--out", str(tmp_path / "out"), "--strict")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and bad["name"] in done.stderr.splitlines()[-1]
