@@ -11,7 +11,7 @@ takes the slices that show a finding, and asks of each: what does this lesion's 
 
 Without real data it makes synthetic chests ("phantoms") in the same file formats and builds from those:
 
-    python 01_make_dataset.py                                                            the demo, about a minute
+    python 01_make_dataset.py                                                            the demo, half a minute
     python 01_make_dataset.py --rexgroundingct /data/rexgroundingct --list-ct > ct.txt   which CTs to download
     python 01_make_dataset.py --rexgroundingct /data/rexgroundingct --ct-rate /data/ct-rate --out data/ct_rate_vqa
 
@@ -286,9 +286,10 @@ def make_dataset(rex: Path, ct_rate: Path, out: Path, settings: Settings, worker
     results, jobs = [], []
     for case in cases:
         path = out / ".work" / f"{case.volume}.json"
-        if path.exists():
-            results.append(read_json(path))
-            report(results[-1]["skipped"])
+        done = read_json(path) if path.exists() else None
+        if done and all((out / split[case.patient] / record["file_name"]).exists() for record in done["records"]):
+            results.append(done)
+            report(done["skipped"])
         else:
             jobs.append((case, rex, ct_rate, out, split[case.patient], settings))
     for result in parallel(build_volume, jobs, workers, "volumes"):

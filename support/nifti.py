@@ -43,6 +43,8 @@ def read_header(path: Path) -> Nifti:
     try:
         with gzip.open(path) as stream:
             header = Nifti1Header(stream.read(348), check=False)
+        if header["sizeof_hdr"] != 348:
+            raise HeaderDataError("its first number, the header's size, is not 348")
         header.check_fix(logger=_SILENT)
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         slope, inter = header.get_slope_inter()

@@ -26,8 +26,15 @@ def parallel(function: Callable, jobs: list[tuple], workers: int, label: str) ->
         return
     # Spawned, not forked: the same on every system, and safe when the caller (a notebook) has threads.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker)
+    main_thread = threading.current_thread() is threading.main_thread()  # only there may signals be set
     try:
-        futures = [pool.submit(function, *job) for job in jobs]
+        # Workers inherit that Ctrl-C is ignored: it is the parent's to handle, also while they are still importing.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
+        try:
+            futures = [pool.submit(function, *job) for job in jobs]
+        finally:
+            if main_thread:
+                signal.signal(signal.SIGINT, handler)
         for future in tqdm(as_completed(futures), total=len(jobs), desc=label):
             yield future.result()
     except BrokenProcessPool as error:
@@ -40,7 +47,7 @@ def parallel(function: Callable, jobs: list[tuple], workers: int, label: str) ->
 
 
 def _prepare_worker() -> None:
-    """Leaves Ctrl-C to the parent, and follows the parent when that is killed, so that no worker stays behind."""
+    """Leaves Ctrl-C to the parent, and ends when the parent is killed, so that no worker stays behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:

@@ -1,6 +1,7 @@
 """How ReXGroundingCT and CT-RATE lie on disk: dataset.json's entries, the paths of the CTs, the masks' finding axis."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def find_ct(ct_rate: Path, case: Case) -> Path:
     """The CT of `case`, in CT-RATE's own folders or in a flat folder. Raises BadInput when it is in neither."""
     places = [ct_rate / ct_rate_path(case), ct_rate.parent / ct_rate_path(case), ct_rate / case.name]
     for path in places:
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file, False also for a folder that must not be read
             return path
     raise BadInput(f"no CT: neither {places[0]} nor {places[2]} exists")
 

@@ -1,4 +1,4 @@
-"""Small hand-made CTs and masks in ReXGroundingCT's and CT-RATE's layout; shared by test_make_dataset, test_zoom_augment.
+"""Small hand-made CTs and masks in ReXGroundingCT's and CT-RATE's layout, for the tests of stages 01 and 02.
 
 Everything is written from plain arrays in picture axes, [slice, row, column] = toward the head, the back, the patient's
 left. The NIfTI bytes and the orientations are put together here by hand, independently of the code under test.
@@ -96,7 +96,7 @@ def add_case(
     flat: bool = False,
     **fields,
 ) -> dict:
-    """Writes one CT and its mask under `root` and returns its entry for dataset.json; `fields` go to the CT's header."""
+    """Writes one CT and its mask under `root`; returns its entry of dataset.json. `fields` go into the CT's header."""
     picture = chest() if picture is None else picture
     lesions = lesions or [block((3, 6), [25, 6, 33, 12], picture.shape)] * len(categories)
     voxels = to_file_axes(picture, axes)

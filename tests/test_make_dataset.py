@@ -27,6 +27,17 @@ ROOT = Path(__file__).resolve().parents[1]
 BOX = [25, 6, 33, 12]  # the fixtures' lesion, on slices 3, 4, 5
 
 
+DRAW = stage.draw_overview
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_overview():
+    """Leaves out the figure, which takes most of a small run's time; test_overview makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "draw_overview", lambda out, records: b"figure")
+        yield
+
+
 def build(flags: list[str], out: Path, *more: str) -> tuple[dict, list[dict]]:
     """Runs 01 in this process; returns dataset_info.json and the records of both splits."""
     stage.main([*flags, "--out", str(out), *more])
@@ -97,7 +108,8 @@ def test_the_finding_axis_is_found_by_the_jsons_shape_only():
 
 @pytest.mark.parametrize("layout", ["first", "last"])
 def test_each_finding_keeps_its_own_channel_text_and_class(tmp_path, layout):
-    lesions = [ct.block((1, 2), [2, 2, 8, 8]), ct.block((7, 8), [20, 20, 30, 30]) * 5, ct.block((9, 10), [0, 40, 9, 48])]
+    places = {1: [2, 2, 8, 8], 7: [20, 20, 30, 30], 9: [0, 40, 9, 48]}
+    lesions = [ct.block((k, k + 1), box) * k for k, box in places.items()]
     entry = ct.add_case(tmp_path, lesions=lesions, categories=("2e", "1c", "2d"), layout=layout)
     entry["findings"] = {key: entry["findings"][key] for key in ("2", "0", "1")}  # the order in the JSON is no matter
     _, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out")
@@ -241,6 +253,8 @@ def test_split_patients():
     people = {f"train_{n}" for n in range(100)}
     split = stage.split_patients(people, 0.2, seed=0)
     assert sorted(split.values()).count("test") == 20 and set(split) == people
+    ten = stage.split_patients({f"train_{n}" for n in range(10)}, 0.3, seed=0)  # the same in every process and version
+    assert [patient for patient in sorted(ten) if ten[patient] == "test"] == ["train_1", "train_7", "train_8"]
     assert split == stage.split_patients(people, 0.2, seed=0) != stage.split_patients(people, 0.2, seed=1)
     assert sorted(stage.split_patients({"train_1841", "valid_1841"}, 0.2, 0).values()) == ["test", "train"]
     assert set(stage.split_patients(people, 0, 0).values()) == {"train"}
@@ -265,8 +279,20 @@ def test_what_an_imagefolder_reader_sees(many, tmp_path):
         assert len(read_records(tmp_path / "out", split)) == len(records)  # what 02 to 05 read
         seen |= {record["id"] for record in records}
     assert len(seen) == sum(info["records"].values()) == 13 * 3 + 2 * 3
-    with Image.open(tmp_path / "out" / "overview.png") as overview:
+
+
+def test_overview(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "draw_overview", DRAW)
+    build(many[1], tmp_path / "out")
+    path = tmp_path / "out" / "overview.png"
+    with Image.open(path) as overview:
         assert overview.size == (1400, 860)
+        pixels = np.array(overview.convert("RGB"), int)
+    boxes = (pixels[..., 0] - pixels[..., 1] > 60) & (pixels[..., 0] - pixels[..., 2] > 60)  # red, blended at its edges
+    assert boxes[:600].sum() > 100
+    first = path.read_bytes()
+    build(many[1], tmp_path / "out")
+    assert path.read_bytes() == first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,6 +347,9 @@ def test_a_lost_part_is_made_again_and_strays_go(many, finished, tmp_path):
     out = tmp_path / "out"
     build(many[1], out)
     shutil.rmtree(out / "test")
+    shutil.rmtree(out / "train" / "images")
+    build(many[1], out)
+    assert ct.tree(out) == finished
     for path in (out / ".work").glob("*_a_1.json"):
         path.unlink()
     (out / "train" / "images" / "stray.png").write_bytes(b"")
@@ -402,7 +431,7 @@ BAD_FILES = {
         "asks for",
     ),
     "ct unlike the json": (lambda c, m, e: with_voxels(c, np.zeros((9, 48, 40), "i2"), ct.affine_for("LPS")), "shape"),
-    "ct with axes swapped": (lambda c, m, e: with_voxels(c, np.zeros((48, 40, 12), "i2"), ct.affine_for("LPS")), "shape"),
+    "ct with axes swapped": (lambda c, m, e: with_voxels(c, np.zeros((48, 40, 12), "i2"), np.eye(4)), "shape"),
     "ct 2-D": (lambda c, m, e: with_voxels(c, np.zeros((40, 48), "i2"), ct.affine_for("LPS")), "shape"),
     "mask unlike the json": (lambda c, m, e: with_voxels(m, np.ones((2, *SHAPE), "u1")), "finding"),
     "mask 5-D": (lambda c, m, e: with_voxels(m, np.ones((1, *SHAPE, 2), "u1")), "finding"),
@@ -524,7 +553,7 @@ def test_no_folder_no_json_no_record(tmp_path):
     with pytest.raises(SystemExit, match="cannot be read"):
         build(flags, tmp_path / "out2")
     with pytest.raises(SystemExit, match="no such folder"):
-        stage.main(["--rexgroundingct", str(tmp_path / "nowhere"), "--ct-rate", str(tmp_path), "--out", str(tmp_path / "o")])
+        stage.main(["--rexgroundingct", str(tmp_path / "nowhere"), "--ct-rate", str(tmp_path), "--out", "never_made"])
 
 
 JSON = st.recursive(
