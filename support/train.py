@@ -1,0 +1,297 @@
+"""What every training loop needs and no paper describes: torchrun set-up, order, schedule, checkpoints, curves.
+
+All randomness of a run derives from (seed, step), so exact resumption needs only the weights, the optimiser's state and
+the step. Gradients are summed over ranks by one all-reduce after a step's last micro-batch; losses are divided by
+global counts beforehand, so a gradient does not depend on the number of ranks or micro-batches.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from support import vlm
+from support.files import BadInput, dataset_info, open_picture, read_records, write_atomic
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers: its rank, how many there are, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Rank 0 alone prints and writes."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum of each value over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, items: list) -> list:
+        """Every rank's items in one list, in the order that dealing them out by `share` had."""
+        parts = [items]
+        if self.size > 1:
+            parts = [None] * self.size
+            dist.all_gather_object(parts, items)
+        return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+
+    def share(self, items: list) -> list:
+        """This rank's part of a global batch."""
+        return items[self.rank :: self.size]
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replaces each gradient by its sum over all ranks; a rank without one contributes zeros."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+def start(seed: int) -> World:
+    """Joins torchrun's process group, if there is one, and seeds torch. Raises BadInput for more ranks than GPUs."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise BadInput(f"{local + 1} processes on this machine but {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    return World(rank, size, device)
+
+
+def run(stage: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
+    """Calls a stage; the user's mistakes end in one line and exit code 1, Ctrl-C in 130; bugs keep their traceback."""
+    try:
+        stage(argv)
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; start again with --resume to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, demo: dict) -> argparse.Namespace:
+    """Parses the flags; for the tiny demo checkpoint `demo` replaces the defaults, and explicit flags still win."""
+    args = parser.parse_args(argv)
+    names = args.model if isinstance(args.model, list) else [args.model]
+    if all(vlm.is_demo(str(name)) for name in names):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"tiny demo checkpoint: defaults replaced by DEMO = {demo}", flush=True)
+        parser.set_defaults(**demo)
+        args = parser.parse_args(argv)
+    return args
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bf16 arithmetic on a GPU, where trained weights are fp32 masters and frozen ones bf16; plain fp32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def load_split(folder: Path, split: str) -> list[dict]:
+    """The records of 02's folder. Raises BadInput for 01's: without the red box, a slice with two findings would be
+    one picture with two right answers."""
+    if dataset_info(folder)["stage"] != "02":
+        raise BadInput(f"{folder}: has no red boxes; make its twin with 02_zoom_augment.py --data {folder}")
+    records = read_records(folder, split)
+    if not records:
+        raise BadInput(f"{folder}/{split}/metadata.jsonl: holds no records")
+    return records
+
+
+def pictures(records: list[dict]) -> list[Image.Image]:
+    return [open_picture(record["image"]).convert("RGB") for record in records]
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def batch_indices(count: int, batch: int, step: int, seed: int) -> list[int]:
+    """The `batch` dataset indices of one step (from 0): each epoch is a fresh shuffle, and epochs follow seamlessly."""
+    places = range(step * batch, (step + 1) * batch)
+    return [_permutation(count, seed, place // count)[place % count] for place in places]
+
+
+def ahead(function: Callable, items: Iterable) -> Iterator:
+    """Yields function(item) for each item and prepares the next one in a thread meanwhile: pictures load while the
+    model computes."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
+def warmup_cosine(step: int, steps: int, warmup_ratio: float) -> float:
+    """The learning rate's factor at `step` (from 0): linear warm-up, then half a cosine to 0 after the last step."""
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def apply_gradients(world: World, optimizer: torch.optim.Optimizer, lr: float, clip: float = 1.0) -> float:
+    """Sums gradients over ranks, clips their global norm, steps, and clears them. Returns the norm before clipping.
+
+    A non-finite norm leaves the weights as they are and is returned, for the caller to stop.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    world.sum_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ---- checkpoints: <out>/checkpoint-000050/ is a complete Hugging Face folder plus state.pt for --resume ----
+
+
+def save(out: Path, step: int, model, processor, trained: dict, optimizer, world: World, keep: int = 2) -> None:
+    """Writes checkpoint `step` under a temporary name and renames it; older ones but the last `keep` go."""
+    if world.main:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary, final = out / ".checkpoint.tmp", out / f"checkpoint-{step:06d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        vlm.save_checkpoint(temporary, model, processor)
+        masters = {name: parameter.detach() for name, parameter in trained.items()}
+        state = {"step": step, "trained": masters, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        torch.save(state, temporary / "state.pt")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+    if world.size > 1:
+        dist.barrier()
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints under `out`, oldest first."""
+    return sorted(path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name))
+
+
+def resume(out: Path, trained: dict, optimizer) -> int:
+    """Restores weights, optimiser and random state from the newest checkpoint; returns the steps done.
+
+    The file is read with `weights_only=True`: tensors and numbers, never code. Raises BadInput when there is none or
+    it was made with another --train.
+    """
+    found = checkpoints(out)
+    if not found:
+        raise BadInput(f"{out}: no checkpoint to resume from; start without --resume")
+    path = found[-1] / "state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read; delete {found[-1]} to resume from the one before: {error}") from error
+    if {n: p.shape for n, p in state["trained"].items()} != {n: p.shape for n, p in trained.items()}:
+        raise BadInput(f"{path}: holds other trained parameters; resume with the --model and --train of the first run")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state["trained"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return state["step"]
+
+
+def finish(out: Path, world: World) -> None:
+    """Makes `out` itself the last checkpoint's Hugging Face folder, so that the next script takes it by name."""
+    if not world.main:
+        return
+    newest = checkpoints(out)[-1]
+    for file in sorted(newest.iterdir(), key=lambda path: path.name == "config.json"):  # config.json comes last
+        if file.name != "state.pt":
+            temporary = out / f".{file.name}.tmp"
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, out / file.name)
+
+
+# ---- metrics: one JSON object a line, and the picture drawn from them ----
+
+
+class Log:
+    """Appends rows to <out>/<name>; on resume, rows after the resumed step are dropped first. Rank 0 only."""
+
+    def __init__(self, path: Path, steps_done: int, world: World):
+        self.path, self.world = path, world
+        if world.main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_log(path) if row["step"] <= steps_done] if steps_done else []
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, *rows: dict) -> None:
+        if self.world.main:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a metrics or rollout file; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def plot_curves(out: Path, keys: list[str], smooth: int = 5) -> None:
+    """Draws <out>/curves.png from <out>/metrics.jsonl: one panel a key, each step pale, the running mean dark."""
+    from matplotlib.figure import Figure
+
+    rows = read_log(out / "metrics.jsonl")
+    columns = min(3, len(keys))
+    lines = math.ceil(len(keys) / columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, key in zip(axes, keys, strict=False):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        means = [sum(values[max(0, i - smooth + 1) : i + 1]) / min(i + 1, smooth) for i in range(len(values))]
+        axis.plot(steps, values, color="tab:blue", alpha=0.3)
+        axis.plot(steps, means, color="tab:blue")
+        axis.set_title(key.replace("_", " "), fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis in list(axes)[len(keys) :]:
+        axis.axis("off")
+    temporary = out / ".curves.tmp.png"
+    figure.savefig(temporary, dpi=100)
+    os.replace(temporary, out / "curves.png")
