@@ -205,3 +205,24 @@ def positions(model: torch.nn.Module, batch: dict) -> torch.Tensor:
 
 def to_device(batch: dict, device: torch.device) -> dict:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def select(batch: dict, rows: slice) -> dict:
+    """The given rows of a batch of prompts, with just their pictures' patches."""
+    ends = batch["image_grid_thw"].prod(1).cumsum(0).tolist()
+    start, stop, _ = rows.indices(len(ends))
+    patches = slice(ends[start - 1] if start else 0, ends[stop - 1])
+    return {key: value[patches if key == "pixel_values" else rows] for key, value in batch.items()}
+
+
+def repeat(batch: dict, times: int) -> dict:
+    """Every row of a batch `times` times in a row (AABB), its picture with it."""
+    pictures = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
+    pixels = torch.cat([picture for picture in pictures for _ in range(times)])
+    repeated = {key: value.repeat_interleave(times, 0) for key, value in batch.items() if key != "pixel_values"}
+    return {**repeated, "pixel_values": pixels}
+
+
+def decode(processor: Processor, ids: list[int], stops: list[int]) -> str:
+    """The text of a completion without its end-of-turn token."""
+    return processor.tokenizer.decode([i for i in ids if i not in stops], skip_special_tokens=True)
