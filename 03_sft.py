@@ -50,7 +50,8 @@ def sum_loss(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     first = int((labels >= 0).any(0).nonzero()[0])  # the first column that holds an answer token
     columns = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)  # column t predicts token t + 1
     logits = model(**batch, logits_to_keep=columns, use_cache=False).logits  # [B, T - first, V]
-    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, first:].flatten(), ignore_index=-100, reduction="sum")
+    targets = labels[:, first:].flatten()
+    return F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100, reduction="sum")
 
 
 def sft_step(model, micro_batches: list[dict], world: train.World) -> tuple[float, int]:
@@ -72,19 +73,19 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--model", default=str(TINY), help="folder or hub id (the paper: Qwen/Qwen2.5-VL-7B-Instruct; "
                       "default: the shipped tiny model)")  # fmt: skip
     data.add_argument("--out", type=Path, default=Path("runs/sft"), help="where the checkpoint goes (%(default)s)")
-    data.add_argument("--train", choices=vlm.GROUPS, default="merger", help="what is trained: the MLP between vision and "
-                      "language, the language model's MLPs, both, the language model, everything (the paper: \"MLP "
+    data.add_argument("--train", choices=vlm.GROUPS, default="merger", help="what is trained: the MLP between vision "
+                      "and language, the language model's MLPs, both, the language model, everything (the paper: \"MLP "
                       "layers\"; %(default)s)")  # fmt: skip
     size = parser.add_argument_group("optimisation")
     size.add_argument("--epochs", type=float, default=2, help="passes over the training split (the paper: 2)")
     size.add_argument("--max-steps", type=int, help="optimiser steps in all, instead of --epochs")
     size.add_argument("--lr", type=float, default=1e-5, help="AdamW's peak learning rate (the paper: 1e-5)")
-    size.add_argument("--warmup-ratio", type=float, default=0.1, help="share of steps that warm up, then a cosine to 0 "
-                      "(the paper: 0.1)")  # fmt: skip
-    size.add_argument("--batch-size", type=int, default=64, help="samples a step over all GPUs (not in the paper; 64)")
-    size.add_argument("--micro-batch", type=int, default=4, help="samples in one forward pass of one GPU; lower it when "
-                      "memory runs out, the result stays the same (%(default)s)")  # fmt: skip
-    size.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    size.add_argument("--warmup-ratio", type=float, default=0.1, help="share of steps that warm up, then a cosine to "
+                      "0 (the paper: 0.1)")  # fmt: skip
+    size.add_argument("--batch-size", type=int, default=64, help="samples a step over all GPUs (not in the paper)")
+    size.add_argument("--micro-batch", type=int, default=4, help="samples in one forward pass of one GPU; lower it "
+                      "when memory runs out, the result stays the same (%(default)s)")  # fmt: skip
+    size.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
     run = parser.add_argument_group("run")
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints; the last two are kept")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit")

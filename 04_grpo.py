@@ -264,7 +264,7 @@ def parser() -> argparse.ArgumentParser:
     grpo.add_argument("--group-size", type=int, default=5, help="N, completions a prompt (the paper: 5)")
     grpo.add_argument("--prompts-per-step", type=int, default=8, help="prompts a step over all GPUs (not in the paper)")
     grpo.add_argument("--steps", type=int, default=1500, help="rollout-and-update steps (the paper: 1,500)")
-    grpo.add_argument("--clip", type=float, default=0.2, help="delta, the ratio's clipping range (not in the paper; 0.2)")
+    grpo.add_argument("--clip", type=float, default=0.2, help="delta, the ratio's clipping range (not in the paper)")
     grpo.add_argument("--kl", type=float, default=0.04, help="beta_kl, weight of k3; 0 loads no reference (0.04)")
     grpo.add_argument("--reward-weights", type=float, nargs=3, default=rewards.WEIGHTS, metavar=("FORMAT", "VALIDITY",
                       "CORRECTNESS"), help="alpha, beta, gamma (the paper: 1 1 2)")  # fmt: skip
@@ -276,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
     grpo.add_argument("--mask-truncated", action="store_true", help="leave cut-off completions out of the loss")
     grpo.add_argument("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant (not in the paper; 1e-6)")
     run = parser.add_argument_group("run")
-    run.add_argument("--micro-batch", type=int, default=1, help="prompt groups in one training pass of one GPU; lower it "
+    run.add_argument("--micro-batch", type=int, default=1, help="prompt groups in a training pass of one GPU; lower it "
                      "when memory runs out, the result stays the same (%(default)s)")  # fmt: skip
     run.add_argument("--no-prefix-sharing", action="store_true", help="score one row a sample: slower, for comparison")
     run.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
@@ -295,7 +295,7 @@ def grpo(argv: list[str] | None = None) -> None:
         raise BadInput("--group-size must be at least 2: an advantage compares the completions of one prompt")
     world = train.start(args.seed)
     if args.prompts_per_step < world.size:
-        raise BadInput(f"--prompts-per-step {args.prompts_per_step} is less than one for each of {world.size} processes")
+        raise BadInput(f"--prompts-per-step {args.prompts_per_step} is fewer than {world.size}, one a process")
     records = train.load_split(args.data, "train")
 
     # ---- policy, frozen reference, optimiser ----
@@ -311,7 +311,7 @@ def grpo(argv: list[str] | None = None) -> None:
     if world.main:
         print(f"training {args.train}: {sum(p.numel() for p in trained.values()):,} parameters; {len(records)} prompts")
         print(f"{args.steps} steps of {args.prompts_per_step} prompts x {args.group_size} = {world.size} processes x "
-              f"{args.prompts_per_step / world.size:g} prompts, at most {args.micro_batch} groups at a time")  # fmt: skip
+              f"{args.prompts_per_step / world.size:g} prompts, {args.micro_batch} groups at a time")  # fmt: skip
 
     def load(step: int) -> tuple[list[int], dict]:
         mine = world.share(train.batch_indices(len(records), args.prompts_per_step, step, args.seed))
@@ -344,7 +344,7 @@ def grpo(argv: list[str] | None = None) -> None:
         # ---- 4. and 5. loss and update ----
         model.train()
         cuts = [slice(b, b + args.micro_batch) for b in range(0, len(mine), args.micro_batch)]
-        parts = [Rollout(vlm.select(prompts, cut), roll.tokens[cut], roll.mask[cut], roll.finished[cut]) for cut in cuts]
+        parts = [Rollout(vlm.select(prompts, c), roll.tokens[c], roll.mask[c], roll.finished[c]) for c in cuts]
         metrics = update(model, reference, parts, [A[cut] for cut in cuts], world, optimizer, args)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             train.save(args.out, step - 1, model, processor, trained, optimizer, world)

@@ -89,8 +89,8 @@ def summarise(rows: list[dict]) -> dict:
 
 def markdown(metrics: dict, majority: float, n: int) -> str:
     """The tables of a run as Markdown."""
-    lines = [f"Test accuracy, greedy, n = {n}; chance {100 / 7:.1f} %, always the commonest class {100 * majority:.1f} %",
-             "", "| model | prompt | accuracy % (95 % interval) | invalid % | format % |", "|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"Test accuracy, greedy, n = {n}; chance {100 / 7:.1f} %, commonest class {100 * majority:.1f} %", "",
+             "| model | prompt | accuracy % (95 % interval) | invalid % | format % |", "|---" * 5 + "|"]  # fmt: skip
     for model, modes in metrics.items():
         for mode, m in modes.items():
             low, high = m["interval_95"]
@@ -134,8 +134,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/ct_rate_vqa_zoom"), help="02's folder (%(default)s)")
-    add("--model", nargs="+", default=[str(TINY), "runs/sft", "runs/grpo"], help="folders or hub ids (default: the tiny "
-        "base, runs/sft and runs/grpo)")  # fmt: skip
+    add("--model", nargs="+", default=[str(TINY), "runs/sft", "runs/grpo"], help="folders or hub ids (default: the "
+        "tiny base, runs/sft and runs/grpo)")  # fmt: skip
     add("--out", type=Path, default=Path("runs/eval"), help="where the results go (%(default)s)")
     add("--think", choices=MODES, default="both", help="prompt: think (yes), direct (no) or both (%(default)s)")
     add("--limit", type=int, help="only the first so many test records")

@@ -65,7 +65,8 @@ def write_phantoms(root: Path, count: int, seed: int, workers: int = 1) -> tuple
         jobs.append((split, name, folder / name, rex / "segmentations" / name, (seed, i)))
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
-            entries = list(tqdm(pool.map(_write_volume, jobs, chunksize=8), total=count, desc="phantoms", unit="volume"))
+            written = pool.map(_write_volume, jobs, chunksize=8)
+            entries = list(tqdm(written, total=count, desc="phantoms", unit="volume"))
     else:
         entries = [_write_volume(job) for job in tqdm(jobs, desc="phantoms", unit="volume")]
     for (split, *_), entry in zip(jobs, entries, strict=True):
@@ -111,7 +112,7 @@ def _write_volume(job) -> dict:
 
 
 def make_volume(seed: int, i: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
-    """One phantom: HU as int16 [H, W, D] with axes L,P,S, masks as bool [F, H, W, D], and (category, text) a finding."""
+    """One phantom: HU as int16 [H, W, D] with axes L,P,S, bool masks [F, H, W, D], (category, text) a finding."""
     rng = np.random.default_rng([seed, 2, i])
     side = int(rng.integers(140, 193))  # pixels; the in-plane field of view is always 330 mm
     hu, lungs = _chest(rng, side)

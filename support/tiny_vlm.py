@@ -17,8 +17,9 @@ name visible attributes and never a diagnosis:
 """
 
 import argparse
+import itertools
+import json
 import random
-import shutil
 from pathlib import Path
 
 import torch
@@ -48,7 +49,8 @@ SPECIAL = [
 ]  # fmt: skip
 # Gives the same text as Qwen2.5-VL's own template for chats of text and pictures.
 CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
+{%- if messages[0]['role'] != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
 {%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['content'] is string %}{{ message['content'] }}
 {%- else %}{%- for part in message['content'] %}
@@ -69,8 +71,8 @@ ASK = "What is the {} of the lesion in the red box?"
 
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE of 512 merges, learned from the demo's own prompts and sentences."""
-    words = [phantom.TEXT.format(Texture=t.capitalize(), shape=s, side=a, depth=d)
-             for t in phantom.TEXTURES for s in phantom.SHAPES for a in phantom.SIDES for d in phantom.DEPTHS]  # fmt: skip
+    looks = itertools.product(*ATTRIBUTES.values())
+    words = [phantom.TEXT.format(Texture=t.capitalize(), shape=s, side=a, depth=d) for t, s, a, d in looks]
     corpus = words + 40 * [rewards.prompt(rewards.QUESTION, mode) for mode in rewards.MODES]
     corpus += 20 * [f"<think>{words[0]}</think>{rewards.target(label)}" for label in rewards.CLASSES]
     corpus += 20 * [DESCRIBE, *(ASK.format(name) for name in ATTRIBUTES), "system\nYou are a helpful assistant.",
@@ -81,17 +83,15 @@ def build_tokenizer() -> Qwen2Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=256 + 512, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator(corpus, trainer)
-    folder = Path(__import__("tempfile").mkdtemp())
-    vocab, merges = learner.model.save(str(folder))
+    state = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab,
-        merges=merges,
+        vocab=state["vocab"],
+        merges=[tuple(pair) for pair in state["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=SPECIAL,
         model_max_length=2048,
     )
-    shutil.rmtree(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -178,7 +178,8 @@ def warm_up_vision(model, pixels, grid, truth, steps: int, lr: float, batch: int
         schedule.step()
         hits = [(part.argmax(1) == truth[rows, a]).float().mean().item() for a, part in enumerate(logits)]
         recent = [*recent[-49:], hits]
-        bar.set_postfix_str(" ".join(f"{n} {sum(h) / len(h):.2f}" for n, h in zip(ATTRIBUTES, zip(*recent), strict=True)))
+        means = torch.tensor(recent).mean(0).tolist()
+        bar.set_postfix_str(" ".join(f"{n} {mean:.2f}" for n, mean in zip(ATTRIBUTES, means, strict=True)))
     return sum(map(sum, recent)) / (4 * len(recent))
 
 
@@ -205,7 +206,7 @@ def lesson(record: dict, rng: random.Random) -> tuple[str, str]:
     return rewards.prompt(rewards.QUESTION, "think"), answer
 
 
-def teach_language(model, processor, records, images, pixels, grid, steps: int, lr: float, seed: int, batch=32) -> float:
+def teach_language(model, processor, records, pixels, grid, steps: int, lr: float, seed: int, batch=32) -> float:
     """Trains the language model on `lesson`s over frozen, cached picture features. Returns the last 50 steps' loss."""
     with torch.no_grad():
         features = torch.cat([
@@ -253,9 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(records)} pictures")
     pixels = [processor.image_processor(images=[Image.open(r["image"])], return_tensors="pt") for r in tqdm(records)]
     grid, pixels = pixels[0]["image_grid_thw"], torch.stack([p["pixel_values"].half() for p in pixels])
-    truth = [[v.index(x) for v, x in zip(ATTRIBUTES.values(), phantom.attributes(r["text"]), strict=True)] for r in records]
+    seen = [zip(ATTRIBUTES.values(), phantom.attributes(record["text"]), strict=True) for record in records]
+    truth = [[values.index(value) for values, value in row] for row in seen]
     seeing = warm_up_vision(model, pixels, grid, torch.tensor(truth), args.vision_steps, lr=1.5e-3)
-    loss = teach_language(model, processor, records, None, pixels, grid, args.language_steps, 2e-3, args.seed)
+    loss = teach_language(model, processor, records, pixels, grid, args.language_steps, 2e-3, args.seed)
     print(f"attribute accuracy of the vision heads {seeing:.3f}, language loss {loss:.3f}")
     model.requires_grad_(True).half()
     model.config.dtype = torch.float16
