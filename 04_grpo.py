@@ -65,6 +65,12 @@ def sample_tokens(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
+def as_input(tokens: torch.Tensor, config) -> torch.Tensor:
+    """Sampled tokens as the model may read them: nothing forbids sampling the picture's placeholder, but fed back it
+    would ask for a picture that is not there, so it is read as token 0, in rollout and scoring alike."""
+    return tokens.masked_fill((tokens == config.image_token_id) | (tokens == config.video_token_id), 0)
+
+
 @torch.no_grad()
 def rollout(model, prompts: dict, u: torch.Tensor, stops: list[int], temperature: float) -> Rollout:
     """Samples N completions a prompt; u [B, N, L] are the samples' random numbers, L the most tokens of a completion.
@@ -92,8 +98,8 @@ def rollout(model, prompts: dict, u: torch.Tensor, stops: list[int], temperature
             break
         mask = torch.cat([mask, mask.new_ones(B * N, 1)], 1)
         step = (following + t).expand(3, -1)[..., None]  # [3, B * N, 1]
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=step, past_key_values=cache,
-                       use_cache=True).logits[:, -1]  # fmt: skip
+        logits = model(input_ids=as_input(token, model.config)[:, None], attention_mask=mask, position_ids=step,
+                       past_key_values=cache, use_cache=True).logits[:, -1]  # fmt: skip
     tokens, alive = torch.stack(tokens, 1), torch.stack(alive, 1)
     return Rollout(prompts, tokens.view(B, N, -1), alive.view(B, N, -1), done.view(B, N))
 
@@ -118,7 +124,7 @@ def plain_logprobs(model, roll: Rollout, temperature: float) -> torch.Tensor:
     tokens, mask = roll.tokens.flatten(0, 1), roll.mask.flatten(0, 1)
     inputs = {
         **prompts,
-        "input_ids": torch.cat([prompts["input_ids"], tokens], 1),
+        "input_ids": torch.cat([prompts["input_ids"], as_input(tokens, model.config)], 1),
         "attention_mask": torch.cat([prompts["attention_mask"], mask.long()], 1),
         "mm_token_type_ids": torch.cat([prompts["mm_token_type_ids"], torch.zeros_like(tokens).int()], 1),
     }
@@ -158,7 +164,7 @@ def packed_logprobs(model, roll: Rollout, temperature: float) -> torch.Tensor:
     columns = P - 1 + torch.arange(N * L, device=tokens.device)
     columns[::L] = P - 1
     inputs = {
-        "input_ids": torch.cat([prompts["input_ids"], tokens], 1),
+        "input_ids": torch.cat([prompts["input_ids"], as_input(tokens, model.config)], 1),
         "attention_mask": block_mask(prompts["attention_mask"], N, L),
         "pixel_values": prompts["pixel_values"],
         "image_grid_thw": prompts["image_grid_thw"],

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -218,8 +219,8 @@ def resume(out: Path, trained: dict, optimizer) -> int:
     path = found[-1] / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read; delete {found[-1]} to resume from the one before: {error}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{path}: cannot be read; delete {found[-1]} to resume from the one before") from error
     if {n: p.shape for n, p in state["trained"].items()} != {n: p.shape for n, p in trained.items()}:
         raise BadInput(f"{path}: holds other trained parameters; resume with the --model and --train of the first run")
     with torch.no_grad():

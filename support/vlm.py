@@ -106,7 +106,9 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, processor: Processor) 
 
     Weights are stored in the dtype that the model was loaded with, so that on a GPU fp32 masters come out as bf16.
     """
-    state = {name: tensor.to(model.config.dtype) for name, tensor in model.state_dict().items()}
+    dtype = model.config.dtype or model.dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained turns it into its name
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         del state["lm_head.weight"]  # tied: stored once, under its embedding's name
     model.save_pretrained(folder, state_dict=state)

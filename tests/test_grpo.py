@@ -1,0 +1,202 @@
+"""04's mathematics against hand-worked numbers and float64, its sampler against the model's own distribution."""
+
+import copy
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import rewards
+from support import train, vlm
+
+grpo = importlib.import_module("04_grpo")
+
+
+def prompts_of(processor, records, sizes=None):
+    pictures = train.pictures(records)
+    if sizes:
+        pictures = [p.resize(size) for p, size in zip(pictures, sizes, strict=True)]
+    texts = [rewards.prompt(r["question"], mode) for r, mode in zip(records, ["think", "direct"] * 9, strict=False)]
+    return vlm.encode(processor, pictures, texts)
+
+
+@pytest.fixture
+def roll(model, processor, records):
+    """Three prompts of unequal length and picture size, four samples each."""
+    prompts = prompts_of(processor, records[:3], [(140, 140), (300, 70), (180, 180)])
+    u = torch.from_numpy(np.stack([[grpo.uniforms(0, 1, b, n, 24) for n in range(4)] for b in range(3)]))
+    return grpo.rollout(model, prompts, u, vlm.stop_ids(model, processor), 1.0)
+
+
+def test_advantages_by_hand():
+    A = grpo.advantages(torch.tensor([[4.0, 0, 0, 0, 1], [2, 2, 2, 2, 2]]))
+    mean, std = 1.0, math.sqrt((9 + 1 + 1 + 1 + 0) / 4)  # ddof 1
+    assert torch.allclose(A[0], torch.tensor([3.0, -1, -1, -1, 0]) / (std + 1e-4), atol=1e-6), mean
+    assert (A[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rho", "A", "loss", "slope"),
+    [
+        (1.5, 1.0, -1.2, 0.0),  # too far up on a good sample: clipped, no gradient
+        (0.5, 1.0, -0.5, -0.5),  # moved away from a good sample: not clipped, pulled back
+        (1.5, -1.0, 1.5, 1.5),  # too probable and bad: not clipped, pushed down
+        (0.5, -1.0, 0.8, 0.0),  # already pushed down far enough: clipped
+        (1.1, 1.0, -1.1, -1.1),
+    ],
+)
+def test_clip_for_both_signs(rho, A, loss, slope):
+    logp = torch.tensor([[[math.log(rho)]]], requires_grad=True)
+    one, advantage = torch.ones(1, 1, 1), torch.tensor([[A]])
+    value, clipped = grpo.grpo_loss(logp, 0 * one, None, advantage, one.bool(), one, 0.2, 0, "token")
+    value.backward()
+    assert value.item() == pytest.approx(loss, abs=1e-6)
+    assert logp.grad.item() == pytest.approx(slope, abs=1e-6)
+    assert clipped.item() == (slope == 0)
+
+
+def test_k3_value_gradient_and_overflow():
+    logp = torch.tensor([0.0, -1.0], requires_grad=True)
+    value = grpo.k3(logp, torch.tensor([0.0, -0.5]))
+    assert value.tolist() == pytest.approx([0, math.exp(0.5) - 1.5], abs=1e-6)
+    value.sum().backward()
+    assert logp.grad.tolist() == pytest.approx([0, 1 - math.exp(0.5)], abs=1e-6)  # d k3 / d logp = 1 - exp(d)
+    assert torch.isfinite(grpo.k3(torch.tensor([-500.0]), torch.zeros(1))).all()
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_loss_against_float64_equations(norm, ratio):
+    rng = np.random.default_rng(0)
+    logp, old, ref = (rng.normal(-1, 0.3, (2, 3, 5)) for _ in range(3))
+    A, lengths = rng.normal(size=(2, 3)), np.array([[5, 2, 1], [3, 4, 5]])
+    expected, count = 0.0, (6 if norm == "sequence" else lengths.sum())
+    for b in range(2):
+        for n in range(3):
+            T = lengths[b, n]
+            for t in range(T):
+                log_rho = logp[b, n, t] - old[b, n, t]
+                if ratio == "sequence":
+                    log_rho = (logp[b, n, :T] - old[b, n, :T]).sum()
+                rho = math.exp(log_rho)
+                d = ref[b, n, t] - logp[b, n, t]
+                term = -min(rho * A[b, n], min(max(rho, 0.8), 1.2) * A[b, n]) + 0.04 * (math.exp(d) - d - 1)
+                expected += term / count / (T if norm == "sequence" else 1)
+    mask = torch.arange(5)[None, None] < torch.from_numpy(lengths)[..., None]
+    weights = grpo.token_weights(mask, norm, count).double()
+    tensors = (torch.from_numpy(x) for x in (logp, old, ref, A))
+    got, _ = grpo.grpo_loss(*tensors, mask, weights, 0.2, 0.04, ratio)
+    assert got.item() == pytest.approx(expected, abs=1e-6)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_block_mask_picture():
+    seen = grpo.block_mask(torch.tensor([[1, 1], [0, 1]]), N=2, L=2).int()[:, 0]
+    assert seen[0].tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+                                [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]  # fmt: skip
+    assert seen[1, :, 0].tolist() == [1, 0, 0, 0, 0, 0]  # padding is seen by itself alone
+
+
+def test_packed_equals_plain_and_every_row_alone(model, roll):
+    """Prefix sharing, padding and batch composition change nothing: values and gradients."""
+    trained = vlm.set_trainable(model, "llm")
+    gradients = []
+    for score in (grpo.plain_logprobs, grpo.packed_logprobs):
+        logp = score(model, roll, 0.7)
+        (logp * roll.mask).sum().backward()
+        gradients.append((logp.detach() * roll.mask, [p.grad.clone() for p in trained.values()]))
+        model.zero_grad()
+    assert torch.allclose(gradients[0][0], gradients[1][0], atol=2e-5)
+    for one, other in zip(gradients[0][1], gradients[1][1], strict=True):
+        assert (one - other).norm() <= 1e-4 * one.norm() + 1e-6
+    for b in range(3):
+        part = slice(b, b + 1)
+        alone = grpo.Rollout(vlm.select(roll.prompts, part), roll.tokens[part], roll.mask[part], roll.finished[part])
+        with torch.no_grad():
+            logp = grpo.packed_logprobs(model, alone, 0.7) * roll.mask[part]
+        assert torch.allclose(logp, gradients[1][0][part], atol=2e-5)
+
+
+def test_rollout_is_what_an_uncached_model_samples(model, roll):
+    """Token by token, with the same random numbers and no cache, the same completions come out; pictures are not
+    mixed up among samples (AABB), positions go on after the picture, and left padding is harmless."""
+    with torch.no_grad():
+        prompts = vlm.repeat(roll.prompts, 4)
+        for row in (0, 5, 11):
+            b, n = divmod(row, 4)
+            one = vlm.select(prompts, slice(row, row + 1))
+            u = torch.from_numpy(grpo.uniforms(0, 1, b, n, 24))
+            ids, types = one["input_ids"], one["mm_token_type_ids"]
+            for t in range(int(roll.mask[b, n].sum())):
+                mask = torch.cat([one["attention_mask"], torch.ones(1, t).long()], 1)
+                batch = {**one, "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+                logits = model(**batch, use_cache=False).logits[:, -1]
+                token = grpo.sample_tokens(logits, u[t : t + 1])
+                assert token.item() == roll.tokens[b, n, t].item()
+                ids, types = torch.cat([ids, token[None]], 1), torch.cat([types, torch.zeros(1, 1).int()], 1)
+
+
+def test_a_sampled_picture_placeholder_is_harmless(model, roll):
+    """It would otherwise ask for a picture that is not there and stop the run."""
+    roll.tokens[0, 0, 0] = model.config.image_token_id
+    with torch.no_grad():
+        plain, packed = (score(model, roll, 1.0) * roll.mask for score in (grpo.plain_logprobs, grpo.packed_logprobs))
+    assert torch.isfinite(plain).all() and torch.allclose(plain, packed, atol=2e-5)
+
+
+def test_mask_counts_eos_and_nothing_after(roll, model, processor):
+    stops = vlm.stop_ids(model, processor)
+    for tokens, mask, finished in zip(roll.tokens.flatten(0, 1), roll.mask.flatten(0, 1), roll.finished.flatten(),
+                                      strict=True):  # fmt: skip
+        ends = [t for t, token in enumerate(tokens.tolist()) if token in stops]
+        assert bool(finished) == bool(ends)
+        assert int(mask.sum()) == (ends[0] + 1 if ends else len(tokens)) and mask[: int(mask.sum())].all()
+
+
+def test_sampler_follows_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, -30.0]])
+    u = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    counts = torch.bincount(grpo.sample_tokens(logits.expand(20_000, 5), u), minlength=5).double()
+    expected = logits[0].double().softmax(0) * 20_000
+    assert ((counts - expected) ** 2 / expected.clamp(min=1))[:4].sum() < 16.3  # chi-squared, 3 degrees: p = 0.001
+    assert counts[4] == 0
+    assert grpo.sample_tokens(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 0
+
+
+def test_sample_seeds_differ_and_repeat():
+    keys = [(0, 1, 2, 3), (1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)]
+    draws = {tuple(grpo.uniforms(*key, 3)) for key in keys}
+    assert len(draws) == 5 and tuple(grpo.uniforms(0, 1, 2, 3, 3)) in draws
+
+
+def test_update_does_not_depend_on_micro_batches(processor, records, roll, model, world):
+    """One part or three: the same weights after an update; the frozen tower stays as it was."""
+    reward = torch.tensor([[4.0, 0, 2, 1], [0, 0, 0, 4], [2, 2, 2, 2]])
+    args = grpo.parser().parse_args(["--inner-epochs", "2", "--lr", "1e-3"])
+    results = []
+    for cuts in ([slice(0, 3)], [slice(0, 1), slice(1, 2), slice(2, 3)]):
+        policy = copy.deepcopy(model)
+        trained = vlm.set_trainable(policy, "llm")
+        reference = vlm.frozen_copy(policy)
+        parts = [grpo.Rollout(vlm.select(roll.prompts, cut), roll.tokens[cut], roll.mask[cut], roll.finished[cut])
+                 for cut in cuts]  # fmt: skip
+        A = grpo.advantages(reward)
+        optimizer = torch.optim.SGD(trained.values(), lr=1e-3)
+        metrics = grpo.update(policy, reference, parts, [A[c] for c in cuts], world, optimizer, args)
+        assert metrics["kl"] > 0  # the second epoch has moved away from the reference
+        results.append((metrics, {n: p.detach() for n, p in policy.named_parameters()}))
+    for name, one in results[0][1].items():
+        assert torch.allclose(one, results[1][1][name], atol=1e-6), name
+        moved = not torch.equal(one, dict(model.named_parameters())[name])
+        assert moved <= (not name.startswith("model.visual")), name
+    assert results[0][0]["loss"] == pytest.approx(results[1][0]["loss"], abs=1e-6)
+
+
+def test_reference_shares_frozen_tensors_and_stays(model):
+    trained = vlm.set_trainable(model, "llm_mlp")
+    reference = dict(vlm.frozen_copy(model).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (reference[name].data_ptr() == parameter.data_ptr()) == (name not in trained), name
+        assert not reference[name].requires_grad
