@@ -45,7 +45,7 @@ from support.phantom import write_phantoms
 from support.pool import parallel
 from support.rexgroundingct import Case, ct_rate_path, fault, find_ct, finding_axis, read_cases
 
-DEMO = {"phantoms": 240}  # used when no real data is given; printed at the start
+DEMO = {"phantoms": 360}
 
 # The paper names the seven classes but not which category goes where: this is our reading. None = left out.
 CLASS_OF = {

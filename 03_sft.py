@@ -8,7 +8,7 @@ negative log-likelihood of the answer's tokens (end of turn included, prompt exc
 Only MLP layers are trained, so that what the pretrained model can do otherwise, reasoning above all, stays intact.
 The paper does not say which MLPs; our default is the merger, the MLP between vision and language (see --train).
 
-    python 03_sft.py                                                    the tiny demo model, about a minute on 2 cores
+    python 03_sft.py                                                    the tiny demo model, half a minute on 2 cores
     python 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct                one GPU
     torchrun --nproc-per-node 8 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/real_zoom   eight GPUs
 
@@ -30,7 +30,7 @@ from support.files import BadInput
 from support.tiny_vlm import DEFAULT as TINY
 
 # Used instead of the defaults when --model is the tiny demo checkpoint (or descends from it); explicit flags win.
-DEMO = {"train": "mlp", "max_steps": 100, "batch_size": 32, "micro_batch": 32, "lr": 5e-4}
+DEMO = {"train": "mlp", "max_steps": 60, "batch_size": 32, "micro_batch": 32, "lr": 5e-4}
 
 
 def encode(records: list[dict], processor: vlm.Processor) -> dict:

@@ -15,7 +15,7 @@ and their cache is expanded to the N samples (`rollout`); scoring packs a prompt
 under a block mask (`packed_logprobs`; --no-prefix-sharing takes the plain path); old log-probs are the first pass's own
 values, since rollout and first pass use the same weights.
 
-    python 04_grpo.py                                       the tiny demo, about two minutes on 2 cores
+    python 04_grpo.py                                       the tiny demo, two to three minutes on 2 cores
     torchrun --nproc-per-node 8 04_grpo.py --data data/real_zoom --model runs/sft       eight GPUs
 
 Writes to --out: the checkpoint, metrics.jsonl, curves.png, rollouts.jsonl (every sample with its reward parts and
@@ -37,7 +37,7 @@ from support import train, vlm
 from support.files import BadInput
 
 # Used instead of the defaults when --model descends from the tiny demo checkpoint; explicit flags win.
-DEMO = {"steps": 60, "prompts_per_step": 16, "micro_batch": 16, "lr": 4e-4, "inner_epochs": 2, "max_new_tokens": 40}
+DEMO = {"steps": 150, "prompts_per_step": 16, "micro_batch": 16, "lr": 4e-4, "inner_epochs": 2, "max_new_tokens": 40}
 
 
 @dataclass

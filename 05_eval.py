@@ -7,12 +7,13 @@ parser are those of training (rewards.py). An answer that the parser cannot read
     python 05_eval.py --model Qwen/Qwen2.5-VL-7B-Instruct runs/sft --think yes
     torchrun --nproc-per-node 8 05_eval.py --data data/real_zoom --model runs/grpo
 
-Writes to --out: predictions.jsonl, metrics.json, table.md, confusion.png.
+Writes to --out: predictions.jsonl, metrics.json, table.md, confusion.png, examples.png.
 """
 
 import argparse
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import rewards
 from support import train, vlm
-from support.files import BadInput, write_atomic
+from support.files import BadInput, open_picture, write_atomic
 from support.tiny_vlm import DEFAULT as TINY
 
 # Used instead of the defaults when every --model descends from the tiny demo checkpoint; explicit flags win.
@@ -130,6 +131,26 @@ def plot_confusion(path: Path, metrics: dict) -> None:
     os.replace(temporary, path)
 
 
+def plot_examples(path: Path, rows: list[dict], records: list[dict]) -> None:
+    """The first record of each of four classes: the picture, and what the last model thought and answered."""
+    from matplotlib.figure import Figure
+
+    pictures = {record["id"]: record["image"] for record in records}
+    chosen = {row["label"]: row for row in reversed(rows)}
+    chosen = [chosen[name] for name in rewards.CLASSES if name in chosen][:4]
+    figure = Figure(figsize=(3.2 * len(chosen), 4.2), layout="constrained")
+    for axis, row in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+        axis.imshow(open_picture(pictures[row["id"]]))
+        answer = row["predicted"] or "(no class)"
+        lines = textwrap.wrap(f"thinks: {rewards.thinking(row['text'])}", 38)[:5] if row["mode"] == "think" else []
+        lines += [f"answers: {answer}", f"truth: {row['label']}"]
+        axis.set_title("\n".join(lines), fontsize=9, loc="left", color="k" if answer == row["label"] else "tab:red")
+        axis.axis("off")
+    temporary = path.with_name(".examples.tmp.png")
+    figure.savefig(temporary, dpi=90)
+    os.replace(temporary, path)
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -166,8 +187,10 @@ def evaluate(argv: list[str] | None = None) -> None:
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
     write_atomic(args.out / "table.md", table)
     plot_confusion(args.out / "confusion.png", metrics)
+    last = (args.model[-1], MODES[args.think][-1])
+    plot_examples(args.out / "examples.png", [r for r in rows if (r["model"], r["mode"]) == last], records)
     print(table)
-    print(f"{args.out}: predictions.jsonl, metrics.json, table.md, confusion.png")
+    print(f"{args.out}: predictions.jsonl, metrics.json, table.md, confusion.png, examples.png")
 
 
 def main(argv: list[str] | None = None) -> None:
