@@ -91,13 +91,15 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None
 def _pretrained(kind, name: str, **kwargs):
     """`kind.from_pretrained(name)`, with the failures that a user can mend turned into one line."""
     local = Path(name).is_dir()
-    if not local and (Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/"))):
-        raise BadInput(f"{name}: no such checkpoint folder (a hub id looks like Qwen/Qwen2.5-VL-7B-Instruct)")
+    # A hub id is "owner/name"; our own default folders look like one, too, but are never meant as such.
+    looks_local = str(name).count("/") != 1 or str(name).startswith((".", "/", "runs/", "assets/", "data/"))
+    if not local and (Path(name).exists() or looks_local):
+        raise BadInput(f"{name}: no such checkpoint folder; run the stage before, or give a folder or hub id (--model)")
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        remedy = "is the folder complete?" if local else "is there a network, and is the id right and open to you?"
+        remedy = "is it complete?" if local else "no such folder; a hub id? then: network, spelling, access"
         raise BadInput(f"{name}: cannot be loaded as a checkpoint ({remedy}): {reason}") from error
 
 

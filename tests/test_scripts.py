@@ -141,6 +141,7 @@ def test_bad_input_is_one_line(data, tmp_path):
         ("03_sft.py", "--data", tmp_path / "no"),
         ("03_sft.py", "--data", data.parent / "slices"),  # 01's folder: no red box
         ("03_sft.py", "--data", data, "--model", tmp_path / "no"),
+        ("04_grpo.py", "--data", data, "--model", "runs/none"),  # looks like a hub id, must not go to the network
         ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--group-size", "1"),
         ("05_eval.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--limit", "0"),
         ("03_sft.py", "--data", data, "--out", tmp_path / "new", "--resume"),
