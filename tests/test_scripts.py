@@ -210,7 +210,6 @@ def test_bad_input_is_one_line(data, tmp_path):
         ("04_grpo.py", "--data", data, "--model", "runs/none"),  # looks like a hub id, must not go to the network
         ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--group-size", "1"),
         ("05_eval.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--limit", "0"),
-        ("03_sft.py", "--data", data, "--out", tmp_path / "new", "--resume"),
         ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--shard"),  # one process
     ]
     for case in cases:
