@@ -1,20 +1,12 @@
 """One GRPO step of trl's GRPOTrainer and of 04_grpo.py on the same work: seconds by part, memory, and their ratio.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python -m benchmarks.grpo_step                                              CPU, the tiny shape, a few minutes
+    python -m benchmarks.grpo_step                                              CPU, the tiny shape, two minutes
     python -m benchmarks.grpo_step --shape 3b --device cuda --image 512 --text-tokens 100 --tokens 200    a 139 GiB GPU
 
-Both sides get the same random weights of the chosen shape, the same noise pictures and prompts, the same lengths and
-threads, AdamW and a reference model; nothing is downloaded. Each side is a process of its own and the two step in
-turn, so that a busy machine slows both alike. The first steps warm up; the table holds medians of the others.
-
-What is made equal:
-- lengths: trl is forbidden to sample an end of turn; 04 gets no stop tokens;
-- precision: fp32 weights and arithmetic on a CPU, fp32 masters under bf16 autocast on a GPU;
-- gradient checkpointing: off (trl's default is on, which makes it slower and smaller);
-- the output layer: on a GPU trl computes it for completion positions only, on a CPU for every position; here it does
-  the former on both, to its advantage;
-- pictures: both turn them into patches within the step (04 itself does so ahead, in a thread).
+Both sides get the same random weights, noise pictures, prompts, lengths and threads, AdamW and a reference model;
+nothing is downloaded. Each side is a process of its own and the two step in turn, so that a busy machine slows both
+alike. The first steps warm up; the table holds medians of the others. README.md says what is made equal, and how.
 """
 
 import argparse
@@ -42,39 +34,30 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from support import tiny_vlm, train, vlm
 
 PARTS = ("rollout", "reference", "forward", "backward")
-# Text model and vision tower. "tiny" has the proportions of the 3B: 5.7 M parameters.
+TEXT = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "tie_word_embeddings")  # fmt: skip
+# The text model, its mrope_section, the vision tower. "tiny" has the proportions of the 3B: 5.7 M parameters.
 SHAPES = {
-    "tiny": (
-        {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1152, "num_attention_heads": 8,
-         "num_key_value_heads": 2, "vocab_size": 560, "tie_word_embeddings": True, "mrope_section": [4, 6, 6]},
-        {"hidden_size": 128, "depth": 4, "intermediate_size": 344, "num_heads": 4, "fullatt_block_indexes": [3]},
-    ),
-    "3b": (
-        {"hidden_size": 2048, "num_hidden_layers": 36, "intermediate_size": 11008, "num_attention_heads": 16,
-         "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "mrope_section": [16, 24, 24]},
-        {"hidden_size": 1280},
-    ),
-    "7b": (
-        {"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "num_attention_heads": 28,
-         "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False, "mrope_section": [16, 24, 24]},
-        {"hidden_size": 1280},
-    ),
+    "tiny": ((256, 4, 1152, 8, 2, 560, True), [4, 6, 6],
+             {"hidden_size": 128, "depth": 4, "intermediate_size": 344, "num_heads": 4, "fullatt_block_indexes": [3]}),
+    "3b": ((2048, 36, 11008, 16, 2, 151936, True), [16, 24, 24], {"hidden_size": 1280}),
+    "7b": ((3584, 28, 18944, 28, 4, 152064, False), [16, 24, 24], {"hidden_size": 1280}),
 }  # fmt: skip
 
 
 def build_model(shape: str, tokenizer, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A Qwen2.5-VL of a shape in SHAPES with random weights; its special tokens are the tiny tokenizer's."""
-    text, vision = (dict(part) for part in SHAPES[shape])
-    tokens = tiny_vlm.build_config(tokenizer)
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope_section")}
-    text |= {"bos_token_id": tokens.text_config.bos_token_id, "eos_token_id": tokens.text_config.eos_token_id}
+    numbers, sections, vision = SHAPES[shape]
+    tokens, text = tiny_vlm.build_config(tokenizer), dict(zip(TEXT, numbers, strict=True))
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    text |= {name: getattr(tokens.text_config, name) for name in ("bos_token_id", "eos_token_id")}
+    special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config={**vision, "out_hidden_size": text["hidden_size"]},
         tie_word_embeddings=text["tie_word_embeddings"],
-        **{name: getattr(tokens, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id",
-                                                    "vision_end_token_id")},
-    )  # fmt: skip
+        **{name: getattr(tokens, name) for name in special},
+    )
     torch.manual_seed(0)
     with device:
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -96,30 +79,13 @@ def trl_trainer(model, reference, processor: vlm.Processor, rows: list[dict], re
         def __init__(self, image_processor=None, tokenizer=None):
             super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
-    config = GRPOConfig(
-        **{
-            "output_dir": tempfile.gettempdir(),  # nothing is saved
-            "loss_type": "grpo",
-            "scale_rewards": "group",
-            "use_bias_correction_kl": False,
-            "epsilon": 0.2,
-            "beta": 0.04,
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "lr_scheduler_type": "constant",
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
-            "shuffle_dataset": False,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            **settings,
-        }
-    )
+    algorithm = {"loss_type": "grpo", "scale_rewards": "group", "use_bias_correction_kl": False, "epsilon": 0.2,
+                 "beta": 0.04, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "shuffle_dataset": False}  # fmt: skip
+    update = {"gradient_checkpointing": False, "bf16": False, "lr_scheduler_type": "constant", "weight_decay": 0.0,
+              "max_grad_norm": 1.0}  # fmt: skip
+    silence = {"output_dir": tempfile.gettempdir(), "save_strategy": "no", "logging_strategy": "no",
+               "report_to": "none", "disable_tqdm": True}  # fmt: skip
+    config = GRPOConfig(**{**algorithm, **update, **silence, **settings})
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.padding_side = "left"  # as trl loads it: its image-token marks follow this, its prompts are always so
     chats = [{"prompt": [{"role": "user", "content": row["prompt"]}], "image": row["image"]} for row in rows]
@@ -127,14 +93,9 @@ def trl_trainer(model, reference, processor: vlm.Processor, rows: list[dict], re
         patch("trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: reference),
         patch.object(GRPOTrainer, "_send_telemetry"),
     ):
-        trainer = GRPOTrainer(
-            model,
-            reward,
-            config,
-            Dataset.from_list(chats),
-            processing_class=ImageProcessor(processor.image_processor, tokenizer),
-            optimizers=(optimizer, None),
-        )
+        halves = ImageProcessor(processor.image_processor, tokenizer)
+        trainer = GRPOTrainer(model, reward, config, Dataset.from_list(chats), processing_class=halves,
+                              optimizers=(optimizer, None))  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -206,7 +167,8 @@ def run_04(args, side: Side, model, processor, prompts: list[str], images: list[
         A = grpo.advantages(torch.from_numpy(rng.integers(0, 5, (B, N))).float().to(side.device))
         model.train()
         cuts = [slice(b, b + flags.micro_batch) for b in range(0, B, flags.micro_batch)]
-        parts = [grpo.Rollout(vlm.select(batch, c), roll.tokens[c], roll.mask[c], roll.finished[c]) for c in cuts]
+        parts = [grpo.Rollout(vlm.select(roll.prompts, cut), roll.tokens[cut], roll.mask[cut], roll.finished[cut])
+                 for cut in cuts]  # fmt: skip
         grpo.update(model, reference, parts, [A[cut] for cut in cuts], world, optimizer, flags)
         side.answer()
 
@@ -273,7 +235,7 @@ def work(args) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="architecture, random weights (%(default)s)")
-    parser.add_argument("--train", choices=vlm.GROUPS, default="full", help="what is trained (%(default)s)")
+    parser.add_argument("--train", choices=vlm.GROUPS, default="llm", help="what is trained; 04's default: llm")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each side (%(default)s)")
     parser.add_argument("--image", type=int, default=224, help="side of the square pictures, pixels (%(default)s)")
@@ -326,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
 
     names = {"whole": "whole step", "rest": "rest: patches, rewards, loss, optimiser"}
     versions = ", ".join(f"{package} {version(package)}" for package in ("trl", "transformers", "torch"))
-    print(f"{args.shape}, {args.image} px, {args.prompts} x {args.samples} x {args.tokens} tokens, {args.device}, "
-          f"{args.threads} threads; {versions}")  # fmt: skip
+    print(f"{args.shape}, training {args.train}, {args.image} px, {args.prompts} x {args.samples} x {args.tokens} "
+          f"tokens, {args.device}, threads: {args.threads}; {versions}")  # fmt: skip
     print("\n| | trl | 04_grpo.py | ratio |\n| --- | --- | --- | --- |")
     table = [(f"{names.get(key, key)}, s", *(median(side, key) for side in workers))
              for key in ("whole", *PARTS, "rest")]  # fmt: skip
