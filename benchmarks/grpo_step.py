@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from support import tiny_vlm, train, vlm
 
-PARTS = ("rollout", "reference", "forward", "backward")
+PARTS = ("whole", "rollout", "reference", "forward", "backward", "rest")
 TEXT = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
         "vocab_size", "tie_word_embeddings")  # fmt: skip
 # The text model, its mrope_section, the vision tower. "tiny" has the proportions of the 3B: 5.7 M parameters.
@@ -89,11 +89,9 @@ def trl_trainer(model, reference, processor: vlm.Processor, rows: list[dict], re
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.padding_side = "left"  # as trl loads it: its image-token marks follow this, its prompts are always so
     chats = [{"prompt": [{"role": "user", "content": row["prompt"]}], "image": row["image"]} for row in rows]
-    with (
-        patch("trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: reference),
-        patch.object(GRPOTrainer, "_send_telemetry"),
-    ):
-        halves = ImageProcessor(processor.image_processor, tokenizer)
+    halves = ImageProcessor(processor.image_processor, tokenizer)
+    load = "trl.trainer.grpo_trainer.create_model_from_path"
+    with patch(load, lambda *_, **__: reference), patch.object(GRPOTrainer, "_send_telemetry"):
         trainer = GRPOTrainer(model, reward, config, Dataset.from_list(chats), processing_class=halves,
                               optimizers=(optimizer, None))  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -145,9 +143,8 @@ class Side:
 def run_04(args, side: Side, model, processor, prompts: list[str], images: list[Image.Image], rng) -> None:
     """The functions of 04_grpo.py in the order of its main loop."""
     grpo = importlib.import_module("04_grpo")
-    flags = ["--micro-batch", str(args.micro_batch)]
-    flags, world = grpo.parser().parse_args(flags), train.World(0, 1, side.device)
-    trained = vlm.set_trainable(model, args.train)
+    flags = grpo.parser().parse_args(["--micro-batch", str(args.micro_batch)])
+    world, trained = train.World(0, 1, side.device), vlm.set_trainable(model, args.train)
     reference = vlm.frozen_copy(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=flags.lr, weight_decay=0.0)
     side.time(grpo, "rollout", "rollout")
@@ -226,8 +223,7 @@ def work(args) -> None:
     noise = rng.integers(0, 256, (args.prompts, args.image, args.image, 3), dtype=np.uint8)
     images = [Image.fromarray(picture) for picture in noise]
     word = " lesion"  # one token, repeated until the prompt has as many tokens as asked for
-    one = vlm.encode(processor, images[:1], [word])
-    text = int((one["mm_token_type_ids"] == 0).sum())
+    text = int((vlm.encode(processor, images[:1], [word])["mm_token_type_ids"] == 0).sum())
     prompts = [word * (args.text_tokens - text + 1)] * args.prompts
     (run_04 if args.side == "04" else run_trl)(args, side, model, processor, prompts, images, rng)
 
@@ -291,8 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.shape}, training {args.train}, {args.image} px, {args.prompts} x {args.samples} x {args.tokens} "
           f"tokens, {args.device}, threads: {args.threads}; {versions}")  # fmt: skip
     print("\n| | trl | 04_grpo.py | ratio |\n| --- | --- | --- | --- |")
-    table = [(f"{names.get(key, key)}, s", *(median(side, key) for side in workers))
-             for key in ("whole", *PARTS, "rest")]  # fmt: skip
+    table = [(f"{names.get(key, key)}, s", *(median(side, key) for side in workers)) for key in PARTS]
     table.append(("memory after loading, GB", *(loaded[side]["held"] for side in workers)))
     table.append(("memory at the peak, GB", *(rows[side][-1]["peak"] for side in workers)))
     for name, theirs, ours in table:
