@@ -373,7 +373,7 @@ def grpo(argv: list[str] | None = None) -> None:
         # ---- 4. and 5. loss and update ----
         model.train()
         cuts = [slice(b, b + args.micro_batch) for b in range(0, len(mine), args.micro_batch)]
-        parts = [Rollout(vlm.select(prompts, c), roll.tokens[c], roll.mask[c], roll.finished[c]) for c in cuts]
+        parts = [Rollout(vlm.select(roll.prompts, c), roll.tokens[c], roll.mask[c], roll.finished[c]) for c in cuts]
         metrics = update(model, reference, parts, [A[cut] for cut in cuts], world, optimizer, args)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             train.save(args.out, step - 1, model, processor, trained, optimizer, world)
