@@ -21,6 +21,7 @@ from support.train import read_log
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ESCAPES = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&"}  # json.dumps escapes what is not ASCII, U+2028 too
+BUDGET = 50_000_000  # characters of slice pictures in a page: a browser opens such a page at once
 
 
 def _jpeg(path: Path) -> str:
@@ -59,22 +60,23 @@ def _policy(page: str) -> str:
 
 
 def write_report(path: Path, *, title: str, tables: list[tuple[str, str, list[list[str]]]], runs: list[Path],
-                 figures: list[tuple[str, Path]], cases: list[dict], total: int | None = None) -> None:  # fmt: skip
+                 figures: list[tuple[str, Path]], cases: list[dict]) -> None:  # fmt: skip
     """Writes the page, whole or not at all. Raises BadInput when a picture or a run's metrics.jsonl cannot be read.
 
     tables: caption, note, rows with the header first. runs: folders of 03 or 04. figures: caption, PNG. cases: one dict
     an answer: image (Path), model, mode, id, prompt, text, thinking, answer (None when invalid), truth, correct,
-    rewards {format, validity, correctness}; answers to one slice share its id. A picture takes about 20 kB a slice of
-    170 px and 130 kB a slice of 512 px, so a caller may pass the cases of some slices only and all slices' number as `total`.
+    rewards {format, validity, correctness}; answers to one slice share its id and image. Where the pictures of all
+    slices would pass BUDGET, every second (third, ...) slice is kept, and the page says so; tables are the caller's.
     """
-    prompts, pictures, rows = {}, {}, []  # each distinct prompt and picture is kept once, and rows hold its place
-    for case in cases:
-        places = {"prompt": prompts.setdefault(case["prompt"], len(prompts)),
-                  "image": pictures.setdefault(case["image"], len(pictures))}  # fmt: skip
-        rows.append(case | places)
-    data = {"tables": tables, "runs": _curves(runs), "cases": rows, "total": total, "prompts": list(prompts),
-            "figures": [[caption, b64encode(read_bytes(png)).decode()] for caption, png in figures],
-            "pictures": [_jpeg(picture) for picture in pictures]}  # fmt: skip
+    images = list(dict.fromkeys(case["image"] for case in cases))
+    images = images[:: math.ceil(len(images) * len(_jpeg(images[0])) / BUDGET)] if images else []
+    places = {image: place for place, image in enumerate(images)}
+    kept = [case for case in cases if case["image"] in places]
+    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(case["prompt"] for case in kept))}
+    rows = [case | {"prompt": prompts[case["prompt"]], "image": places[case["image"]]} for case in kept]
+    data = {"tables": tables, "runs": _curves(runs), "cases": rows, "total": len({case["id"] for case in cases}),
+            "prompts": list(prompts), "pictures": [_jpeg(image) for image in images],
+            "figures": [[caption, b64encode(read_bytes(png)).decode()] for caption, png in figures]}  # fmt: skip
     page = TEMPLATE.read_text(encoding="utf-8")
     fill = {"policy": _policy(page), "title": html.escape(title), "data": json.dumps(data).translate(ESCAPES)}
     write_atomic(path, re.sub(r"\{\{(\w+)\}\}", lambda place: fill[place[1]], page))
