@@ -196,7 +196,7 @@ def test_curves_show_the_runs_of_a_stage_together_with_their_running_means(brows
     point = "{const svg = document.querySelector('svg'), box = svg.getBoundingClientRect();"
     point += "svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width / 2}))}"
     browser.js(point)
-    step = int(browser.texts("#training output")[0].split()[1])  # of 1 to 30, near the middle
+    step = int(re.match(r"step (\d+)", browser.texts("#training output")[0])[1])  # of 1 to 30, near the middle
     read = [float(text.split()[0]) for text in browser.texts("#training figure:first-child b")[:2]]
     assert 13 <= step <= 16 and np.allclose(read, 2.0 - 0.01 * step, rtol=0.005)
     browser.js("document.querySelector('.legend input').click()")
