@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from itertools import count, product
 from pathlib import Path
 
@@ -40,11 +41,13 @@ class Browser:
         self.read, write = os.pipe()
         # The shell puts our ends where Chromium expects them: it reads commands from 3 and writes answers to 4.
         start = ["bash", "-c", f'exec "$@" 3<&{read} 4>&{write}', "bash", CHROMIUM, "--headless", "--no-sandbox",
-                 "--remote-debugging-pipe", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                 "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
                  f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
         self.process = subprocess.Popen(start, pass_fds=(read, write), stderr=subprocess.DEVNULL)
         os.close(read)
         os.close(write)
+        self.patience = threading.Timer(300, self.process.kill)  # a browser that hangs fails the tests, and no more
+        self.patience.start()
         self.input, self.numbers, self.events, self.session = os.fdopen(self.read, "rb"), count(1), [], {}
         page = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
         attached = self("Target.attachToTarget", targetId=page["targetId"], flatten=True)
@@ -107,6 +110,7 @@ class Browser:
         return [address for address in asked if not address.startswith("data:")]
 
     def close(self):
+        self.patience.cancel()
         self.process.terminate()
         self.process.wait(20)
         self.input.close()
