@@ -55,8 +55,10 @@ def _policy(page: str) -> str:
     """The Content-Security-Policy under which the template's own style and script run, and nothing else does."""
     own = [re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1] for tag in ("style", "script")]
     style, script = (b64encode(sha256(text.encode()).digest()).decode() for text in own)
-    return (f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
-            "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'")  # fmt: skip
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
 
 
 def write_report(path: Path, *, title: str, tables: list[tuple[str, str, list[list[str]]]], runs: list[Path],
