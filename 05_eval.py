@@ -108,7 +108,7 @@ def diagnoses(name: str, records: list[dict], mode: str, texts: list[str]) -> li
     rows = []
     for record, text in zip(records, texts, strict=True):
         parts = rewards.reward(text, record["label"])
-        rows.append({"model": name, "mode": mode, "id": record["id"], "patient": record.get("patient"),
+        rows.append({"model": name, "mode": mode, "id": record["id"], "patient": record.get("patient", record["id"]),
                      "label": record["label"], "predicted": parts.predicted, "format": parts.format,
                      "validity": parts.validity, "correctness": parts.correctness, "text": text})  # fmt: skip
     return rows
@@ -220,8 +220,13 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what is asked").add_argument
     add("--data", type=Path, default=Path("data/ct_rate_vqa_zoom"), help="02's folder (%(default)s)")
-    add("--model", nargs="+", default=[str(tiny_vlm.DEFAULT), "runs/sft", "runs/grpo"], help="folders or hub ids, "
-        "of any family, though only Qwen2.5-VL and Qwen2-VL are tested (default: tiny base, runs/sft, runs/grpo)")
+    add(
+        "--model",
+        nargs="+",
+        default=[str(tiny_vlm.DEFAULT), "runs/sft", "runs/grpo"],
+        help="folders or hub ids, "
+        "of any family, though only Qwen2.5-VL and Qwen2-VL are tested (default: tiny base, runs/sft, runs/grpo)",
+    )
     add("--think", choices=MODES, default="both", help="prompt: think (yes), direct (no) or both (%(default)s)")
     add("--limit", type=int, help="only the first so many questions of each set")
     add("--image", type=Path, help="diagnose this one windowed slice instead, and print thinking and answer")
@@ -265,10 +270,16 @@ def checkpoint_digest(name: str) -> str:
 
 def begin(args) -> None:
     """Opens --out for these models, data and settings. Raises BadInput when it holds others' results."""
-    if args.overwrite:
-        for name in OUTPUTS:
-            (args.out / name).unlink(missing_ok=True)
-        shutil.rmtree(args.out / ".work", ignore_errors=True)
+    made = args.out / ".work" / "settings.json"
+    made = read_json(made) if made.exists() else None
+    ours = isinstance(made, dict) and made.get("script") == "05_eval.py"
+    if ours and args.overwrite:
+        try:
+            for name in OUTPUTS:
+                (args.out / name).unlink(missing_ok=True)
+            shutil.rmtree(args.out / ".work")
+        except OSError as error:
+            raise BadInput(f"{args.out}: cannot be cleared: {error.strerror}") from error
     files = {"data": [args.data / "test" / "metadata.jsonl"], "chartqa": args.chartqa, "textvqa": args.textvqa}
     settings = {"model": {name: checkpoint_digest(name) for name in args.model}}
     settings |= {flag: [digest(read_bytes(path)) for path in paths] for flag, paths in files.items()}
@@ -276,7 +287,7 @@ def begin(args) -> None:
     try:
         open_work(args.out, settings, "05_eval.py")
     except BadInput as error:
-        raise BadInput(f"{error}, or start anew with --overwrite") from error
+        raise BadInput(f"{error}{', or start anew with --overwrite' if ours else ''}") from error
 
 
 def general_sets(args, records: list[dict]) -> dict[str, list[dict]]:
