@@ -179,9 +179,9 @@ def summarise(rows: list[dict]) -> dict:
         if decided:
             same = np.array([row["judged"] == row["predicted"] for row in decided], float)
             consistency = bootstrap(same, [row["patient"] for row in decided])
-            right = float(np.mean([row["judged"] == row["label"] for row in decided]))
+            true = float(np.mean([row["judged"] == row["label"] for row in decided]))
             result["judge"] |= {"consistency": consistency["mean"], "interval_95": consistency["interval_95"],
-                                "right": right}  # fmt: skip
+                                "right": true}  # fmt: skip
     return result
 
 
@@ -289,6 +289,8 @@ def check(args) -> None:
         raise BadInput("--model names a checkpoint twice; name each once")
     if (args.image is None) != (args.box is None):
         raise BadInput("--image FILE and --box X0 Y0 X1 Y1 go together")
+    if args.judge != "keyword":
+        vlm.load_config(args.judge)  # a misspelt judge is found now, not after hours of answers
 
 
 def checkpoint_digest(name: str) -> str:
@@ -343,7 +345,7 @@ def write_results(args, records: list[dict], rows: list[dict], general: list[dic
              for r in rows]  # fmt: skip
     runs = [folder for name in args.model for folder in (Path(name), Path(name).parent)
             if (folder / "metrics.jsonl").is_file()]  # fmt: skip
-    write_report(args.out / "report.html", title="Evaluation", tables=shown, runs=list(dict.fromkeys(runs)),
+    write_report(args.out / "report.html", title="MedReason-R1: evaluation", tables=shown, runs=list(dict.fromkeys(runs)),
                  figures=[("Confusion", args.out / "confusion.png")], cases=cases)  # fmt: skip
     write_atomic(args.out / "table.md", tables.markdown(shown))
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))

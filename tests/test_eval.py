@@ -126,6 +126,7 @@ def test_weighted_average_is_by_sample_count():
         ("Multiple air bronchograms are absent; dense collapse of the lobe.", "Consolidation/atelectasis"),
         ("A band of fluid along the chest wall.", "Pleural effusion/thickening"),
         ("No effusion, not a mass, but bronchiectasis.", "Airway abnormalities"),
+        ("No effusion but\na mass; not emphysema", "Pulmonary nodules/masses"),
         ("A round mass without emphysema.", "Pulmonary nodules/masses"),
         ("MASS", "Pulmonary nodules/masses"),
         ("There is no mass.", None),
@@ -402,6 +403,16 @@ def test_results_are_complete_and_right(results, flags):
     base = metrics["models"]["tiny-qwen2.5-vl"]
     assert base["general"]["skill"]["mean"] > 0.4  # it was taught to answer attribute questions
     assert base["modes"]["think"]["judge"]["coverage"] > 0.9
+    table = (out / "table.md").read_text()
+    for caption in ("Table 1", "Fig. 1d", "Fig. 3", "Table 2", "Differences"):
+        assert caption in table
+    think = base["modes"]["think"]
+    cells = [think["accuracy"], *think["interval_95"], think["macro_accuracy"], *think["macro_interval_95"]]
+    shown = "{:.1f} ({:.1f} to {:.1f}) | {:.1f} ({:.1f} to {:.1f})".format(*(100 * cell for cell in cells))
+    assert f"| tiny-qwen2.5-vl | 1.8 M | think | {shown} |" in table
+    header = "| model | attribute questions % (n = 12) | depth % | shape % | side % | texture % | "
+    assert header + "ChartQA % (n = 2) | augmented % | human % | TextVQA % (n = 1) | weighted average % |" in table
+    assert '"steps": [1, 2]' in (out / "report.html").read_text()  # the training curves of the run given as --model
     labels = [r["label"] for r in train.load_split(flags[1], "test")[:12]]
     assert metrics["commonest_class"]["share"] == max(map(labels.count, labels)) / 12
 
