@@ -343,9 +343,9 @@ def write_results(args, records: list[dict], rows: list[dict], general: list[dic
               "prompt": rewards.prompt(by_id[r["id"]]["question"], r["mode"]), "thinking": rewards.thinking(r["text"]),
               "rewards": {part: r[part] for part in ("format", "validity", "correctness")}}
              for r in rows]  # fmt: skip
-    runs = [folder for name in args.model for folder in (Path(name), Path(name).parent)
-            if (folder / "metrics.jsonl").is_file()]  # fmt: skip
-    write_report(args.out / "report.html", title="MedReason-R1: evaluation", tables=shown, runs=list(dict.fromkeys(runs)),
+    folders = dict.fromkeys(folder for name in args.model for folder in (Path(name), Path(name).parent))
+    runs = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]  # a checkpoint lies in its run
+    write_report(args.out / "report.html", title="MedReason-R1: evaluation", tables=shown, runs=runs,
                  figures=[("Confusion", args.out / "confusion.png")], cases=cases)  # fmt: skip
     write_atomic(args.out / "table.md", tables.markdown(shown))
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
