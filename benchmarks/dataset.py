@@ -37,7 +37,7 @@ import scipy
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-CODES = ("2b", "2c", "2d", "2e", "1d")
+PARTS, CODES = ("ct", "segmentations"), ("2b", "2c", "2d", "2e", "1d")
 
 
 def write_gz(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
@@ -59,7 +59,7 @@ def write_gz(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
 def write_volume(root: Path, number: int, side: int, depth: int, mask_type: str) -> dict:
     """A CT (axes L,P,S) and its mask [5, side, side, depth]; returns the entry of dataset.json.
 
-    Tissue at its usual HU under noise of 45 HU, blurred as a reconstruction kernel does, and half of it in the air; -1024
+    Tissue at its usual HU under noise of 45 HU, blurred as a reconstruction kernel does, half of it in the air; -1024
     outside the round field of view. A finding is an ellipsoid with a wavy border, a fifth of the volume high.
     """
     rng, name = np.random.default_rng(number), f"train_{number}_a_1.nii.gz"
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             jobs = [(root, n + 1, args.side, args.depth, args.mask_type) for n in range(args.volumes)]
             entries = list(pool.map(write_volume, *zip(*jobs, strict=True)))
         (root / "rex" / "dataset.json").write_text(json.dumps({"train": entries}))
-        size = {part: sum(path.stat().st_size for path in root.rglob(f"{part}/*.gz")) for part in ("ct", "segmentations")}
+        size = {part: sum(path.stat().st_size for path in root.rglob(f"{part}/*.gz")) for part in PARTS}
         print(f"Python {platform.python_version()}, zlib {zlib.ZLIB_RUNTIME_VERSION}, numpy {np.__version__}, "
               f"scipy {scipy.__version__}, Pillow {PIL.__version__}, {os.cpu_count()} cores")  # fmt: skip
         print(f"{args.volumes} x {args.side} x {args.side} x {args.depth}: CTs {size['ct'] / 1e6:.0f} MB gzipped, "

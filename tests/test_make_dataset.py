@@ -171,7 +171,7 @@ def test_the_papers_1300_pixels_are_exact_and_scale_with_the_image(side, at_limi
     lesions = np.zeros((2, side, side, 1), bool)  # 1300 * (768 / 512)**2 = 2925 = 45 * 65
     lesions[0, : at_limit[0], : at_limit[1]] = True
     lesions[1, : above[0], : above[1]] = True
-    (boxes,), _ = stage.boxes_by_slice(lesions, 1300 / 512**2)
+    (boxes,), _ = stage.boxes_by_slice(enumerate(lesions), 1, 1300 / 512**2)
     assert boxes == {1: [[0, 0, above[1], above[0]]]}
 
 
