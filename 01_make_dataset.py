@@ -28,6 +28,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from rewards import CLASSES, QUESTION, target
 from support.files import MIN_SIDE, BadInput, open_work, png_bytes, read_bytes, read_json, write_atomic
 from support.nifti import Nifti, picture_planes, read_header, read_slabs
 from support.phantom import write_phantoms
-from support.pool import parallel
+from support.pool import parallel, run_stage
 from support.rexgroundingct import Case, ct_rate_path, fault, find_ct, finding_axis, read_cases
 
 DEMO = {"phantoms": 360}
@@ -265,14 +266,14 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, out: Path, split: str, se
     return result
 
 
-def make_dataset(rex: Path, ct_rate: Path, out: Path, settings: Settings, workers: int = 0, strict: bool = False):
+def make_dataset(rex: Path, ct_rate: Path, out: Path, settings: Settings, workers=0, strict=False, overwrite=False):
     """Builds (or completes) the dataset folder `out` and returns its dataset_info, a dict.
 
     The output is the same bytes for any number of `workers` (0: one a core), interrupted or not. Raises BadInput; with
     `strict` at the first skipped volume or finding.
     """
     cases, skipped = read_cases(rex / "dataset.json")
-    open_work(out, asdict(settings), "01_make_dataset.py")
+    open_work(out, asdict(settings), "01_make_dataset.py", overwrite)
     split = split_patients({case.patient for case in cases}, settings.test_fraction, settings.seed)
 
     def report(faults: list[dict]) -> None:
@@ -292,9 +293,10 @@ def make_dataset(rex: Path, ct_rate: Path, out: Path, settings: Settings, worker
             report(done["skipped"])
         else:
             jobs.append((case, rex, ct_rate, out, split[case.patient], settings))
-    for result in parallel(build_volume, jobs, workers, "volumes"):
-        report(result["skipped"])
-        results.append(result)
+    with closing(parallel(build_volume, jobs, workers, "volumes")) as finished:
+        for result in finished:
+            report(result["skipped"])
+            results.append(result)
     results.sort(key=lambda result: result["volume"])
 
     records = {"train": [], "test": []}
@@ -378,7 +380,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the patient split and of the phantoms")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("data/ct_rate_vqa"), help="dataset folder (default data/ct_rate_vqa)")
-    add("--workers", type=int, default=0, metavar="K", help="processes; 0 is one a core; each may need 1 GB (512 px)")
+    add("--overwrite", action="store_true", help="replace what another run, or other settings, left in --out")
+    add("--workers", type=int, default=0, metavar="K", help="processes; 0 (default) is one a core")
     add("--strict", action="store_true", help="stop at the first bad volume or finding instead of skipping it")
     args = parser.parse_args(argv)
     real = (args.rexgroundingct is not None) + (args.ct_rate is not None)
@@ -418,6 +421,8 @@ def run(args: argparse.Namespace) -> None:
     for folder in (rex, ct_rate):
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
+        if folder.resolve().is_relative_to(args.out.resolve()):
+            raise BadInput(f"{folder}: lies in --out, where files are replaced; choose another --out")
     settings = Settings(
         max_slices=args.max_slices,
         cap=args.cap,
@@ -428,7 +433,7 @@ def run(args: argparse.Namespace) -> None:
         phantoms=phantoms,
         dataset_sha256=hashlib.sha256(read_bytes(rex / "dataset.json")).hexdigest(),
     )
-    info = make_dataset(rex, ct_rate, args.out, settings, args.workers, args.strict)
+    info = make_dataset(rex, ct_rate, args.out, settings, args.workers, args.strict, args.overwrite)
     for part in info["records"]:
         counts = [f"{info[what][part]:,} {what}" for what in ("records", "slices", "volumes", "patients")]
         print(f"{part}: {', '.join(counts)}")
@@ -436,14 +441,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the stage; bad input ends in one line and exit code 1, Ctrl-C in exit code 130."""
-    try:
-        run(parse_arguments(argv))
-    except BadInput as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    """Runs the stage; bad input ends in one line and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
+    run_stage(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":
