@@ -9,7 +9,7 @@ findings, and builds a dataset from them. The sides take turns, each run is a pr
     python benchmarks/dataset.py
     python benchmarks/dataset.py --volumes 1 --repeats 9 --mask-type int16
 
-Seconds are those of the work itself; starting Python and importing, about half a second on either side, is not in them.
+Seconds are wall clock, without starting Python and importing (but for the two workers, which do so while 01 runs).
 Peak memory is that of the largest process. The last line is 01 with one worker divided by inflate.
 """
 
@@ -22,7 +22,6 @@ import os
 import platform
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ import scipy
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-PARTS, CODES = ("ct", "segmentations"), ("2b", "2c", "2d", "2e", "1d")
+SIDE, PARTS, CODES = 512, ("ct", "segmentations"), ("2b", "2c", "2d", "2e", "1d")
 
 
 def write_gz(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
@@ -56,13 +55,13 @@ def write_gz(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
             stream.write(voxels[..., k].tobytes(order="F"))
 
 
-def write_volume(root: Path, number: int, side: int, depth: int, mask_type: str) -> dict:
-    """A CT (axes L,P,S) and its mask [5, side, side, depth]; returns the entry of dataset.json.
+def write_volume(root: Path, number: int, depth: int, mask_type: str) -> dict:
+    """A CT (axes L,P,S) and its mask [5, SIDE, SIDE, depth]; returns the entry of dataset.json.
 
     Tissue at its usual HU under noise of 45 HU, blurred as a reconstruction kernel does, half of it in the air; -1024
     outside the round field of view. A finding is an ellipsoid with a wavy border, a fifth of the volume high.
     """
-    rng, name = np.random.default_rng(number), f"train_{number}_a_1.nii.gz"
+    side, rng, name = SIDE, np.random.default_rng(number), f"train_{number}_a_1.nii.gz"
     x, y = np.meshgrid(np.linspace(-1, 1, side), np.linspace(-1, 1, side), indexing="ij")
     body, wall = (x / 0.9) ** 2 + (y / 0.68) ** 2 < 1, (x / 0.8) ** 2 + (y / 0.56) ** 2 < 1
     lung, view = ((abs(x) - 0.42) / 0.33) ** 2 + (y / 0.5) ** 2 < 1, x**2 + y**2 < 1
@@ -93,29 +92,24 @@ def inflate(files: list[Path]) -> None:
 
 
 def one_run(root: Path, side: str) -> None:
-    """The child process: does one side's work once and prints its figures as JSON."""
-    files = sorted(root.glob("ct/*.nii.gz")) + sorted(root.glob("rex/segmentations/*.nii.gz"))
-    stage, out = importlib.import_module("01_make_dataset"), root / "out"
+    """The child process: does one side's work once and prints its seconds and peak memory in bytes as JSON."""
+    out = root / "out"
     shutil.rmtree(out, ignore_errors=True)
     flags = ["--rexgroundingct", str(root / "rex"), "--ct-rate", str(root / "ct"), "--out", str(out)]
-    start, cpu = time.perf_counter(), time.process_time()
+    stage, start = importlib.import_module("01_make_dataset"), time.perf_counter()
     if side == "inflate":
-        inflate(files)
+        inflate(sorted(root.rglob("*.nii.gz")))
     else:
         stage.main([*flags, "--workers", side])
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu += usage[1].ru_utime + usage[1].ru_stime
-    unit = 1024 if sys.platform == "linux" else 1  # ru_maxrss is in KiB on Linux, in bytes on macOS
-    peak = max(one.ru_maxrss for one in usage) * unit
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak}))
+    seconds = time.perf_counter() - start
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(json.dumps([seconds, peak * (1024 if sys.platform == "linux" else 1)]))  # KiB on Linux, bytes on macOS
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--volumes", type=int, default=2, help="how many (default 2, so that two workers have one each)")
-    add("--side", type=int, default=512, help="pixels of a slice's side (default 512)")
+    add("--volumes", type=int, default=4, help="how many (default 4)")
     add("--depth", type=int, default=300, help="slices of a volume (default 300)")
     add("--mask-type", choices=("uint8", "int16"), default="uint8", help="number type of the masks (default uint8)")
     add("--repeats", type=int, default=5, help="runs of each side (default 5)")
@@ -125,31 +119,29 @@ def main(argv: list[str] | None = None) -> None:
         return one_run(Path(args.one_run[0]), args.one_run[1])
 
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+        root, runs = Path(folder), {"inflate": [], "1": [], "2": []}
         # In a process of its own: on Linux a child begins with its parent's peak memory.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            jobs = [(root, n + 1, args.side, args.depth, args.mask_type) for n in range(args.volumes)]
-            entries = list(pool.map(write_volume, *zip(*jobs, strict=True)))
+            jobs = [pool.submit(write_volume, root, n + 1, args.depth, args.mask_type) for n in range(args.volumes)]
+            entries = [job.result() for job in jobs]
         (root / "rex" / "dataset.json").write_text(json.dumps({"train": entries}))
-        size = {part: sum(path.stat().st_size for path in root.rglob(f"{part}/*.gz")) for part in PARTS}
+        size = [sum(path.stat().st_size for path in root.rglob(f"{part}/*.gz")) / 1e6 for part in PARTS]
         print(f"Python {platform.python_version()}, zlib {zlib.ZLIB_RUNTIME_VERSION}, numpy {np.__version__}, "
               f"scipy {scipy.__version__}, Pillow {PIL.__version__}, {os.cpu_count()} cores")  # fmt: skip
-        print(f"{args.volumes} x {args.side} x {args.side} x {args.depth}: CTs {size['ct'] / 1e6:.0f} MB gzipped, "
-              f"{args.mask_type} masks {size['segmentations'] / 1e6:.1f} MB, {args.repeats} runs a side")  # fmt: skip
-        runs = {"inflate": [], "1": [], "2": []}
+        print(f"{args.volumes} x {SIDE} x {SIDE} x {args.depth}: CTs {size[0]:.0f} MB gzipped, "
+              f"{args.mask_type} masks {size[1]:.1f} MB, {args.repeats} runs a side")  # fmt: skip
         for _ in range(args.repeats):
             for side, own in runs.items():
                 command = [sys.executable, __file__, "--one-run", str(root), side]
-                own.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE,
-                                                     stderr=subprocess.DEVNULL).stdout.splitlines()[-1]))  # fmt: skip
-    middle = {side: {key: statistics.median(run[key] for run in own) for key in own[0]} for side, own in runs.items()}
-    print("| side | seconds | CPU seconds | peak memory, MB | times inflate |\n| --- | --- | --- | --- | --- |")
-    for side, own in middle.items():
-        name = side if side == "inflate" else f"01, {side} worker{'s' * (side != '1')}"
-        ratio = own["seconds"] / middle["inflate"]["seconds"]
-        print(f"| {name} | {own['seconds']:.2f} | {own['cpu']:.2f} | {own['peak'] / 1e6:.0f} | {ratio:.2f} |")
-    print(f"gain of 2 workers: {middle['1']['seconds'] / middle['2']['seconds']:.2f} times")
-    print(f"01 with 1 worker / inflate: {middle['1']['seconds'] / middle['inflate']['seconds']:.2f}")
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                own.append(json.loads(done.stdout.splitlines()[-1]))
+    middle = {side: np.median(own, axis=0) for side, own in runs.items()}  # (seconds, bytes)
+    floor, one, two = (seconds for seconds, _ in middle.values())
+    print("| side | seconds | peak memory, MB | times inflate |\n| --- | --- | --- | --- |")
+    for name, (seconds, peak) in zip(("inflate", "01, 1 worker", "01, 2 workers"), middle.values(), strict=True):
+        print(f"| {name} | {seconds:.2f} | {peak / 1e6:.0f} | {seconds / floor:.2f} |")
+    print(f"gain of 2 workers: {one / two:.2f} times")
+    print(f"01 with 1 worker / inflate: {one / floor:.2f}")
 
 
 if __name__ == "__main__":
