@@ -139,7 +139,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 STOPPED = """
-import importlib, os, signal, sys
+import importlib, os, signal, sys, threading
 script, what, count, number, *argv = sys.argv[1:]
 stage, count = importlib.import_module(script), int(count)
 write, parallel = stage.write_atomic, stage.parallel
@@ -158,8 +158,10 @@ def torn_write(path, data):
     write(path, data)
 
 def broken_off(*job):
+    if what == "start":  # a moment later, while the workers are importing
+        threading.Timer(0.2, stop).start()
     for i, result in enumerate(parallel(*job)):
-        if i == count:
+        if i == count and what == "result":
             stop()
         yield result
 
@@ -194,5 +196,5 @@ STOPS = {  # workers -> the moments at which a folder's making is stopped, one a
         ("write", 8, signal.SIGKILL),
         ("result", 1, signal.SIGTERM),
     ],
-    "2": [("result", 0, signal.SIGKILL), ("result", 1, signal.SIGTERM), ("result", 1, signal.SIGINT)],
+    "2": [("start", 0, signal.SIGINT), ("result", 0, signal.SIGKILL), ("result", 1, signal.SIGTERM), ("result", 1, signal.SIGINT)],
 }
