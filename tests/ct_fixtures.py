@@ -157,10 +157,10 @@ def torn_write(path, data):
         stop()
     write(path, data)
 
-def broken_off(*job):
+def broken_off(function, jobs, *more):
     if what == "start":  # a moment later, while the workers are importing
         threading.Timer(0.2, stop).start()
-    for i, result in enumerate(parallel(*job)):
+    for i, result in enumerate(parallel(function, jobs[:count + 2], *more)):  # the rest stays undone
         if i == count and what == "result":
             stop()
         yield result
@@ -196,5 +196,10 @@ STOPS = {  # workers -> the moments at which a folder's making is stopped, one a
         ("write", 8, signal.SIGKILL),
         ("result", 1, signal.SIGTERM),
     ],
-    "2": [("start", 0, signal.SIGINT), ("result", 0, signal.SIGKILL), ("result", 1, signal.SIGTERM), ("result", 1, signal.SIGINT)],
+    "2": [
+        ("start", 0, signal.SIGINT),
+        ("result", 0, signal.SIGKILL),
+        ("result", 1, signal.SIGTERM),
+        ("result", 1, signal.SIGINT),
+    ],
 }
