@@ -25,17 +25,20 @@ def run_stage(work: Callable, *args) -> None:
         raise Terminated
 
     main_thread = threading.current_thread() is threading.main_thread()  # only there may signals be set
-    before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
+    if main_thread:
+        signal.signal(signal.SIGTERM, terminate)
     try:
         work(*args)
     except BadInput as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        told = stop.args[0] if stop.args else "interrupted; the same command goes on from here, 03 and 04 with --resume"
+        print(told, file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parallel(function: Callable, jobs: list[tuple], workers: int, label: str) -> Iterator:
