@@ -8,9 +8,13 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 from PIL import Image
+from safetensors import SafetensorError
 
 from rewards import CLASSES
 
@@ -24,6 +28,32 @@ class BadInput(Exception):
     """A file, a record or a flag that cannot be used; the message is one line: which one, what is wrong, the remedy."""
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, a full disk or a folder that must not be written ends in BadInput naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise BadInput(f"{path}: cannot be written: {error}") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save's writer
+            raise
+        raise BadInput(f"{path}: cannot be written: the disk is full") from error
+
+
+def writes(function: Callable) -> Callable:
+    """Decorates a function that writes to the path that is its first argument: all of it lies within `writing`."""
+
+    @wraps(function)
+    def wrapped(path: Path, *args, **kwargs):
+        with writing(path):
+            return function(path, *args, **kwargs)
+
+    return wrapped
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` under a temporary name, then rename: `path` is never half-written. Makes its folder when needed.
 
@@ -31,12 +61,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises BadInput when the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def inside(folder: Path, name: str) -> Path:
