@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from rewards import CLASSES
 from support import vlm
-from support.files import BadInput, dataset_info, open_picture, read_records, write_atomic
+from support.files import BadInput, dataset_info, open_picture, read_records, write_atomic, writes, writing
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ def load_split(folder: Path, split: str) -> list[dict]:
     records = read_records(folder, split)
     if not records:
         raise BadInput(f"{folder}/{split}/metadata.jsonl: holds no records")
+    absent = sorted(set(CLASSES) - {record["label"] for record in records})
+    if absent and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {folder}/{split} has no record of: {', '.join(absent)}", flush=True)
     return records
 
 
@@ -184,6 +188,7 @@ def apply_gradients(world: World, optimizer: torch.optim.Optimizer, lr: float, c
 # ---- checkpoints: <out>/checkpoint-000050/ is a complete Hugging Face folder plus state.pt for --resume ----
 
 
+@writes
 def save(out: Path, step: int, model, processor, trained: dict, optimizer, world: World, keep: int = 2) -> None:
     """Writes checkpoint `step` under a temporary name and renames it; older ones but the last `keep` go."""
     if world.main:
@@ -231,6 +236,7 @@ def resume(out: Path, trained: dict, optimizer) -> int:
     return state["step"]
 
 
+@writes
 def finish(out: Path, world: World) -> None:
     """Makes `out` itself the last checkpoint's Hugging Face folder, so that the next script takes it by name."""
     if not world.main:
@@ -252,13 +258,12 @@ class Log:
     def __init__(self, path: Path, steps_done: int, world: World):
         self.path, self.world = path, world
         if world.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read_log(path) if row["step"] <= steps_done] if steps_done else []
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, *rows: dict) -> None:
         if self.world.main:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
@@ -273,6 +278,7 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
+@writes
 def plot_curves(out: Path, keys: list[str], smooth: int = 5) -> None:
     """Draws <out>/curves.png from <out>/metrics.jsonl: one panel a key, each step pale, the running mean dark."""
     from matplotlib.figure import Figure
