@@ -4,9 +4,11 @@
 message; every other exception is a bug in our code and keeps its traceback.
 """
 
+import errno
 import io
 import json
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from rewards import CLASSES
 REQUIRED = {"file_name": str, "id": str, "label": str, "question": str, "answer": str, "box": list}
 OPTIONAL = {"volume": str, "patient": str, "category": str, "text": str, "slice": int, "finding": int}
 OPTIONAL |= {"boxes": list, "patch": int}
+INFO = {"phantoms": bool, "settings": dict, "records": dict, "classes": dict, "skipped": list}  # of dataset_info.json
 MIN_SIDE, MAX_SIDE = 28, 4096  # px; 28 is one merged Qwen2.5-VL patch, and no CT is wider than 4096
 
 
@@ -77,9 +80,16 @@ def inside(folder: Path, name: str) -> Path:
 def read_bytes(path: Path) -> bytes:
     """The content of `path`. Raises BadInput when it is missing or cannot be read."""
     try:
+        check_regular(path)
         return path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError unless `path` is a file proper: a pipe would be waited for, a device may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_json(path: Path) -> object:
@@ -111,6 +121,9 @@ def dataset_info(folder: Path) -> dict:
     info = read_json(Path(folder) / "dataset_info.json")
     if not isinstance(info, dict) or info.get("stage") not in ("01", "02"):
         raise BadInput(f"{folder}/dataset_info.json: no stage 01 or 02 in it; make the folder with 01_make_dataset.py")
+    for field, kind in INFO.items():
+        if type(info.get(field)) is not kind:
+            raise BadInput(f"{folder}/dataset_info.json: field {field!r} must be of type {kind.__name__}")
     return info
 
 

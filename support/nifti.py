@@ -18,7 +18,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from support.files import BadInput
+from support.files import BadInput, check_regular
 
 _SILENT = logging.Logger("nifti", logging.CRITICAL)  # nibabel would report every header field that it repairs
 _DEFLATE = 1032  # the largest factor by which gzip can shrink data: a header that asks for more is lying
@@ -41,6 +41,7 @@ class Nifti:
 def read_header(path: Path) -> Nifti:
     """The header of a .nii.gz file. Raises BadInput when it is missing or corrupt, or cannot be true of this file."""
     try:
+        check_regular(path)
         with gzip.open(path) as stream:
             header = Nifti1Header(stream.read(348), check=False)
         if header["sizeof_hdr"] != 348:
