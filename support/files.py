@@ -57,6 +57,14 @@ def writes(function: Callable) -> Callable:
     return wrapped
 
 
+def make_folder(path: Path) -> None:
+    """Makes an output folder: to be called before hours are spent on what it could not take. Raises BadInput."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` under a temporary name, then rename: `path` is never half-written. Makes its folder when needed.
 
@@ -172,6 +180,8 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             if not all(MIN_SIDE <= side <= MAX_SIDE for side in picture.size):
                 raise BadInput(f"{path}: {picture.size} px; each side must be {MIN_SIDE} to {MAX_SIDE} px")
+            picture.verify()  # the file's own checksums, which decoding does not look at; afterwards it is used up
+        with Image.open(path) as picture:
             picture.load()
             return picture
     except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:

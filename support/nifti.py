@@ -69,7 +69,7 @@ def read_header(path: Path) -> Nifti:
 def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
     """Yields the stored numbers slab by slab along the last axis, each of shape `nifti.shape[:-1]`, read-only.
 
-    Raises BadInput when the file is truncated, fails its checksum, or holds NaN or infinity.
+    Raises BadInput when the file is shorter or longer than its header says, fails its checksum, or holds NaN or inf.
     """
     shape = nifti.shape[:-1]
     size = math.prod(shape) * nifti.dtype.itemsize
@@ -84,6 +84,7 @@ def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
                 if nifti.dtype.kind == "f" and not np.isfinite(slab).all():
                     raise BadInput(f"{nifti.path}: non-finite values (NaN or infinity)")
                 yield slab
-            stream.read(1)  # reaching the end makes gzip compare its checksum
+            if stream.read(1):  # reaching the end makes gzip compare its checksum
+                raise BadInput(f"{nifti.path}: corrupt: more voxels than the header says")
     except _READ_ERRORS as error:
         raise BadInput(f"{nifti.path}: truncated or corrupt: {error}") from error

@@ -26,13 +26,14 @@ transformers_logging.disable_progress_bar()
 IMAGE_PAD = "<|image_pad|>"
 DEMO_MARKER = "medreason_demo"  # key in config.json that support/tiny_vlm.py writes; see `is_demo`
 
-# A checkpoint folder holds one file of each line, and its JSON files hold objects.
+# A checkpoint folder holds one file of each line; these and the other JSON files that are read must hold objects.
 PARTS = (
     ("config.json",),
     ("model.safetensors", "model.safetensors.index.json"),
     ("tokenizer.json", "vocab.json"),
     ("preprocessor_config.json", "processor_config.json"),
 )
+OTHERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
 # What the libraries raise over a damaged folder. Caught around their calls only, so that no bug of ours hides in them.
 BROKEN = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError,
           SafetensorError, StrictDataclassError, TemplateError)  # fmt: skip
@@ -63,7 +64,10 @@ class Processor:
 
 
 def load_config(name: str):
-    """The configuration of a checkpoint folder or hub id. Raises BadInput with a remedy when it cannot be had."""
+    """The configuration of a checkpoint folder or hub id. Raises BadInput with a remedy when it cannot be had, or the
+    folder is not complete."""
+    if Path(name).is_dir():
+        _check_folder(Path(name))
     return _pretrained(AutoConfig, name)
 
 
@@ -131,7 +135,6 @@ def _pretrained(kind, name: str, **kwargs):
     if not local and (Path(name).exists() or looks_local):
         raise BadInput(f"{name}: no such checkpoint folder; run the stage before, or give a folder or hub id (--model)")
     if local:
-        _check_folder(Path(name))
         remedy = "is the folder complete?"
     elif _hub_answers():
         remedy = "not a folder; as a hub id: check its spelling, and log in with `hf auth login` if it is gated"
@@ -150,14 +153,15 @@ def _pretrained(kind, name: str, **kwargs):
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises BadInput for a checkpoint folder that lacks a file, or whose JSON files are not JSON objects."""
+    """Raises BadInput for a checkpoint folder that lacks a file, or whose JSON files do not hold objects."""
     for names in PARTS:
         if not any((folder / name).is_file() for name in names):
             pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
             hint = f"; {pickled[0]} may be a pickle and is not read: convert it to safetensors" if pickled else ""
             raise BadInput(f"{folder}: is no complete checkpoint folder: {names[0]} is missing{hint}")
-    for path in sorted(folder.glob("*.json")):
-        if not isinstance(read_json(path), dict):
+    for name in [*(name for names in PARTS for name in names), *OTHERS]:
+        path = folder / name
+        if name.endswith(".json") and path.exists() and not isinstance(read_json(path), dict):
             raise BadInput(f"{path}: must hold a JSON object")
 
 
