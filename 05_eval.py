@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import rewards
 from support import train, vlm
-from support.files import BadInput, open_picture, write_atomic
+from support.files import BadInput, make_folder, open_picture, write_atomic, writes
 from support.tiny_vlm import DEFAULT as TINY
 
 # Used instead of the defaults when every --model descends from the tiny demo checkpoint; explicit flags win.
@@ -108,6 +108,7 @@ def markdown(metrics: dict, majority: float, n: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+@writes
 def plot_confusion(path: Path, metrics: dict) -> None:
     """One confusion matrix a model and mode: truth down, answer across, shares of the truth's row in per cent."""
     from matplotlib.figure import Figure
@@ -131,6 +132,7 @@ def plot_confusion(path: Path, metrics: dict) -> None:
     os.replace(temporary, path)
 
 
+@writes
 def plot_examples(path: Path, rows: list[dict], records: list[dict]) -> None:
     """The first record of each of four classes: the picture, and what the last model thought and answered."""
     from matplotlib.figure import Figure
@@ -170,6 +172,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     if args.batch_size < 1 or args.max_new_tokens < 1 or (args.limit is not None and args.limit < 1):
         raise BadInput("--batch-size, --max-new-tokens and --limit must be above 0")
     world = train.start(0)
+    make_folder(args.out)
     records = train.load_split(args.data, "test")[: args.limit]
     rows = [row for name in args.model for row in predict(name, records, args, world)]
     if not world.main:
@@ -182,7 +185,6 @@ def evaluate(argv: list[str] | None = None) -> None:
         metrics = {short[name]: value for name, value in metrics.items()}
     counts = np.unique([record["label"] for record in records], return_counts=True)[1]
     table = markdown(metrics, counts.max() / len(records), len(records))
-    args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
     write_atomic(args.out / "table.md", table)
