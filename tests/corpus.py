@@ -42,14 +42,17 @@ def other_types(*valid: type) -> dict:
     return {name: value for name, value in JUNK.items() if type(value) not in valid}
 
 
-def flip(path: Path, at: int, bits: int = 0x55) -> None:
+def flip(path: Path, at: int | None) -> None:
+    """Inverts one byte, by default the middle one."""
     data = bytearray(path.read_bytes())
-    data[at] ^= bits
+    data[len(data) // 2 if at is None else at] ^= 0xFF
     path.write_bytes(data)
 
 
-def cut(path: Path, size: int) -> None:
-    path.write_bytes(path.read_bytes()[:size])
+def cut(path: Path, size: int | None) -> None:
+    """Keeps the first `size` bytes, by default half of them."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2 if size is None else size])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,14 +122,14 @@ def replace(which: str, make: Callable[[Path], object]) -> Callable:
 def gzip_faults() -> list[Mutation]:
     rows = []
     for which in ("ct", "mask"):
-        ends = {"to nothing": 0, "in gzip's header": 5, "after gzip's header": 10, "in the middle": 300, "by one": -1,
+        ends = {"to nothing": 0, "in gzip's header": 5, "after gzip's header": 10, "in the middle": None, "by one": -1,
                 "by gzip's trailer": -8}  # fmt: skip
-        flips = {"magic": 0, "method": 2, "reserved flag": 3, "in the middle": 200, "checksum": -6, "length": -2}
+        flips = {"magic": 0, "method": 2, "reserved flag": 3, "in the middle": None, "checksum": -6, "length": -2}
         rows += [
             (f"{which} cut {name}", lambda v, w=which, n=n: cut(getattr(v, w), n), "") for name, n in ends.items()
         ]
         rows += [
-            (f"{which} flipped: {name}", lambda v, w=which, n=n: flip(getattr(v, w), n, 0xFF), "")
+            (f"{which} flipped: {name}", lambda v, w=which, n=n: flip(getattr(v, w), n), "")
             for name, n in flips.items()
         ]
         rows += [
@@ -601,7 +604,7 @@ def file_faults() -> list[Mutation]:
         rows += [
             (f"{name} empty", with_file(name, b""), words),
             (f"{name} rubbish", with_file(name, b"\x80\x02rubbish"), words),
-            (f"{name} cut", lambda f, n=name: cut(f / n, (f / n).stat().st_size // 2), words),
+            (f"{name} cut", lambda f, n=name: cut(f / n, None), words),
             (f"{name} a folder", lambda f, n=name: ((f / n).unlink(), (f / n).mkdir()), ""),
         ]
         if name.endswith("json"):
@@ -619,7 +622,7 @@ def weight_faults() -> list[Mutation]:
     rows.append(("checkpoint of pickles", "a pickle named model.safetensors",
                  with_file("model.safetensors", pickle.dumps(Explosive())), "safetensors"))  # fmt: skip
     kind = "weights that do not fit"
-    gate = "model.language_model.layers.0.mlp.gate_proj.weight"
+    gate = "model.layers.0.mlp.gate_proj.weight"
     settings = [("text_config", "intermediate_size", 100), ("text_config", "vocab_size", 900),
                 ("text_config", "num_attention_heads", 8), ("text_config", "num_key_value_heads", 4),
                 ("vision_config", "intermediate_size", 300), ("vision_config", "depth", 5),
@@ -650,7 +653,6 @@ def config_faults() -> list[Mutation]:
         (kind, "no vocabulary", setting("tokenizer.json", "model", "vocab", value={}), ""),
         (kind, "vocabulary a list", setting("tokenizer.json", "model", "vocab", value=[]), ""),
         (kind, "no model", setting("tokenizer.json", "model"), ""),
-        (kind, "no tokens added", setting("tokenizer.json", "added_tokens", value=[]), ""),
         (kind, "added tokens of another type", setting("tokenizer.json", "added_tokens", value="x"), ""),
         (kind, "another version", setting("tokenizer.json", "version", value="x"), ""),
         (kind, "its class a list", setting("tokenizer_config.json", "tokenizer_class", value=[]), ""),
@@ -668,8 +670,9 @@ def config_faults() -> list[Mutation]:
              for key in ("text_config", "vision_config", "image_token_id", "dtype") for value in ("x", [])]  # fmt: skip
     rows += [(kind, f"{key} {value!r}", setting("preprocessor_config.json", key, value=value), "preprocessor")
              for key in ("patch_size", "merge_size", "temporal_patch_size") for value in ("x", 0, 10**12)]  # fmt: skip
+    others = {"size": [], "rescale_factor": "x", "image_mean": "x", "resample": -1}
     rows += [(kind, f"{key} {value!r}", setting("preprocessor_config.json", key, value=value), "")
-             for key, value in (("size", []), ("rescale_factor", "x"), ("image_mean", "x"), ("resample", -1))]  # fmt: skip
+             for key, value in others.items()]  # fmt: skip
     rows += [(kind, f"eos_token_id {value!r}", setting("generation_config.json", "eos_token_id", value=value), "")
              for value in ("x", {}, 10**9, -1, [1.5], [None, "x"])]  # fmt: skip
     return [Mutation(*row) for row in rows]
