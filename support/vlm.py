@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
@@ -25,19 +25,23 @@ from support.files import BadInput, read_json
 transformers_logging.disable_progress_bar()
 
 IMAGE_PAD = "<|image_pad|>"
+FAMILIES = ("qwen2_5_vl", "qwen2_vl")  # whose model_type is read by `load_processor`; the first alone is trained
+# Flags that make `generate` greedy whatever a checkpoint's own generation_config says.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY |= dict.fromkeys(("temperature", "top_k", "top_p"))
 DEMO_MARKER = "medreason_demo"  # key in config.json that support/tiny_vlm.py writes; see `is_demo`
 
 # A checkpoint folder holds one file of each line; these and the other JSON files that are read must hold objects.
 PARTS = (
     ("config.json",),
     ("model.safetensors", "model.safetensors.index.json"),
-    ("tokenizer.json", "vocab.json"),
+    ("tokenizer.json", "vocab.json", "tokenizer.model"),
     ("preprocessor_config.json", "processor_config.json"),
 )
 OTHERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
 # What the libraries raise over a damaged folder. Caught around their calls only, so that no bug of ours hides in them.
-BROKEN = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError,
-          SafetensorError, StrictDataclassError, TemplateError)  # fmt: skip
+BROKEN = (ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+          MemoryError, SafetensorError, StrictDataclassError, TemplateError)  # fmt: skip
 
 # What `--train` can name: patterns that must match a parameter's whole name. An unanchored "mlp" would be wrong: it
 # also occurs in the vision blocks and the merger. A tied lm_head is listed under embed_tokens, so "llm" covers it.
@@ -69,7 +73,7 @@ def load_config(name: str):
     folder is not complete."""
     if Path(name).is_dir():
         _check_folder(Path(name))
-    return _pretrained(AutoConfig, name)
+    return pretrained(AutoConfig, name)
 
 
 def is_demo(name: str) -> bool:
@@ -80,8 +84,8 @@ def is_demo(name: str) -> bool:
 def load_processor(name: str) -> Processor:
     """Tokenizer and image processor of a folder or hub id, tried on a blank picture. Raises BadInput when they cannot
     be had, lack a needed token, or belong to another model."""
-    config, tokenizer = load_config(name), _pretrained(AutoTokenizer, name)
-    images = _pretrained(AutoImageProcessor, name)
+    config, tokenizer = load_config(name), pretrained(AutoTokenizer, name)
+    images = pretrained(AutoImageProcessor, name)
     tokens = tokenizer.get_vocab()
     for token in (IMAGE_PAD, "<|vision_start|>", "<|im_start|>", "<|im_end|>"):
         if token not in tokens:
@@ -105,13 +109,27 @@ def load_processor(name: str) -> Processor:
     return Processor(tokenizer, images)
 
 
+def any_processor(name: str):
+    """For evaluation: the `Processor` of the families that it fits, the checkpoint's own AutoProcessor for any other
+    (tested with LLaVA alone; some need torchvision)."""
+    if load_config(name).model_type in FAMILIES:
+        return load_processor(name)
+    return pretrained(AutoProcessor, name)
+
+
+def count_parameters(name: str) -> int:
+    """The parameters of a folder or hub id, counted from its configuration alone; a tied head counts once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForImageTextToText.from_config(load_config(name)).parameters())
+
+
 def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """The model of a folder or hub id on `device`, in evaluation mode: bf16 on a GPU, fp32 on a CPU unless told.
 
     Only safetensors are read, never pickles. Raises BadInput with a remedy when it cannot be loaded.
     """
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model, report = _pretrained(
+    model, report = pretrained(
         AutoModelForImageTextToText,
         name,
         dtype=dtype,
@@ -128,7 +146,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None
     return model.to(device).eval()
 
 
-def _pretrained(kind, name: str, **kwargs):
+def pretrained(kind, name: str, **kwargs):
     """`kind.from_pretrained(name)`, with the failures that a user can mend turned into one line."""
     local = Path(name).is_dir()
     # A hub id is "owner/name"; our own default folders look like one, too, but are never meant as such.
