@@ -454,7 +454,7 @@ def test_a_class_absent_from_training_is_said(valid, tmp_path, capsys):
 def test_an_output_folder_that_cannot_be_made_is_one_line_at_once(stage, valid, tmp_path, monkeypatch):
     """Nothing is computed first."""
     (tmp_path / "file").write_text("no folder")
-    for module, name in ((STAGES["03"], "sft_step"), (STAGES["04"], "rollout"), (STAGES["05"], "predict")):
+    for module, name in ((STAGES["03"], "sft_step"), (STAGES["04"], "rollout"), (STAGES["05"], "answer")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("computed before it looked"))
     flags = ["--data", valid / "zoom", "--model", tiny_vlm.DEFAULT, *MODEL_FLAGS[stage]]
     message = outcome(stage, tmp_path / "file" / "out", *flags)
