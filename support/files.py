@@ -60,14 +60,6 @@ def writes(function: Callable) -> Callable:
     return wrapped
 
 
-def make_folder(path: Path) -> None:
-    """Makes an output folder: to be called before hours are spent on what it could not take. Raises BadInput."""
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` under a temporary name, then rename: `path` is never half-written. Makes its folder when needed.
 
