@@ -98,8 +98,10 @@ def parser() -> argparse.ArgumentParser:
 def sft(argv: list[str] | None = None) -> None:
     args = train.parse(parser(), argv, DEMO)
     for flag in ("batch_size", "micro_batch", "lr", "epochs", "save_every"):
-        if getattr(args, flag) <= 0:
+        if not getattr(args, flag) > 0:
             raise BadInput(f"--{flag.replace('_', '-')} must be above 0")
+    if args.max_steps is not None and args.max_steps < 1 or args.seed < 0:
+        raise BadInput("--max-steps must be above 0, --seed at least 0")
     world = train.start(args.seed)
     records = train.load_split(args.data, "train")
     train.check_batch("--batch-size", args.batch_size, world, args.shard)
@@ -115,7 +117,8 @@ def sft(argv: list[str] | None = None) -> None:
         model.gradient_checkpointing_enable()
     if args.shard:
         trained = train.shard(model, world)
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0,
+                                  fused=world.device.type == "cuda" or None)  # fmt: skip
     done = train.resume(args.out, trained, optimizer, world) if args.resume else 0
     log = train.Log(args.out / "metrics.jsonl", done, world)
     if world.main:

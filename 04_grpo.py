@@ -98,7 +98,7 @@ def rollout(model, prompts: dict, u: torch.Tensor, stops: list[int], temperature
     done = torch.zeros(B * N, dtype=torch.bool, device=u.device)
     tokens, alive = [], []
     for t in range(L):
-        token = sample_tokens(logits / temperature, u[:, :, t].flatten())
+        token = sample_tokens(logits.float() / temperature, u[:, :, t].flatten())
         tokens.append(token)
         alive.append(~done)
         done = done | torch.isin(token, stop)
@@ -269,7 +269,7 @@ def update(model, reference, parts: list[Rollout], A: list[torch.Tensor], world,
         if not math.isfinite(norm):
             break
     loss, clip, kl = (value / args.inner_epochs for value in world.sum(*sums))
-    entropy = -sum((old * weight).sum() for old, weight in zip(olds, weights, strict=True)) if parts else 0.0
+    entropy = -sum((old * weight).sum() for old, weight in zip(olds, weights, strict=True))
     return {"loss": loss, "clip_fraction": clip, "kl": kl, "entropy": world.sum(float(entropy))[0], "grad_norm": norm}
 
 
@@ -310,9 +310,12 @@ def parser() -> argparse.ArgumentParser:
 
 def grpo(argv: list[str] | None = None) -> None:
     args = train.parse(parser(), argv, DEMO)
-    for flag in ("prompts_per_step", "steps", "micro_batch", "lr", "temperature", "max_new_tokens", "inner_epochs"):
-        if getattr(args, flag) <= 0:
+    for flag in ("prompts_per_step", "steps", "micro_batch", "lr", "temperature", "max_new_tokens", "inner_epochs",
+                 "save_every"):  # fmt: skip
+        if not getattr(args, flag) > 0:
             raise BadInput(f"--{flag.replace('_', '-')} must be above 0")
+    if args.seed < 0:
+        raise BadInput("--seed must be at least 0")
     if args.group_size < 2:
         raise BadInput("--group-size must be at least 2: an advantage compares the completions of one prompt")
     world = train.start(args.seed)
@@ -331,7 +334,8 @@ def grpo(argv: list[str] | None = None) -> None:
         trained = train.shard(model, world)
         if reference is not None:
             train.shard(reference, world)
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0,
+                                  fused=world.device.type == "cuda" or None)  # fmt: skip
     done = train.resume(args.out, trained, optimizer, world) if args.resume else 0
     log = train.Log(args.out / "metrics.jsonl", done, world)
     rollout_log = train.Log(args.out / "rollouts.jsonl", done, world)
@@ -375,18 +379,19 @@ def grpo(argv: list[str] | None = None) -> None:
         parts = [Rollout(vlm.select(roll.prompts, c), roll.tokens[c], roll.mask[c], roll.finished[c]) for c in cuts]
         metrics = update(model, reference, parts, [A[cut] for cut in cuts], world, optimizer, args)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+            # With several inner epochs these may be the weights between two of them.
             train.save(args.out, step - 1, model, processor, trained, optimizer, world)
             raise BadInput(f"step {step}: loss or gradient is not finite; the last finite weights are saved as "
                            f"checkpoint {step - 1}; lower --lr")  # fmt: skip
 
         # ---- log ----
-        rows = [{"step": step, "id": records[i]["id"], "sample": n, "text": texts[b][n], "label": records[i]["label"],
-                 "predicted": scores[b][n].predicted, "format": scores[b][n].format, "validity": scores[b][n].validity,
-                 "correctness": scores[b][n].correctness, "reward": scores[b][n].total, "advantage": A[b, n].item(),
-                 "tokens": int(roll.mask[b, n].sum()), "truncated": not bool(roll.finished[b, n])}
-                for b, i in enumerate(mine) for n in range(N)]  # fmt: skip
+        rows = [[{"step": step, "id": records[i]["id"], "sample": n, "text": texts[b][n], "label": records[i]["label"],
+                  "predicted": scores[b][n].predicted, "format": scores[b][n].format, "validity": scores[b][n].validity,
+                  "correctness": scores[b][n].correctness, "reward": scores[b][n].total, "advantage": A[b, n].item(),
+                  "tokens": int(roll.mask[b, n].sum()), "truncated": not bool(roll.finished[b, n])}
+                 for n in range(N)] for b, i in enumerate(mine)]  # fmt: skip
         flat = int((R.amax(1) == R.amin(1)).sum())
-        rows, flat = world.gather(rows), world.sum(flat)[0]
+        rows, flat = [row for group in world.gather(rows) for row in group], world.sum(flat)[0]
         means = {key: float(np.mean([row[key] for row in rows]))
                  for key in ("reward", "format", "validity", "correctness", "tokens", "truncated")}  # fmt: skip
         now = time.perf_counter()

@@ -2,7 +2,7 @@
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python -m benchmarks.grpo_step                                              CPU, the tiny shape, two minutes
-    python -m benchmarks.grpo_step --shape 3b --device cuda --image 512 --text-tokens 100 --tokens 200    a 139 GiB GPU
+    python -m benchmarks.grpo_step --shape 3b --device cuda --image 512 --text-tokens 100 --tokens 200 --trl-micro-batch 1
 
 Both sides get the same random weights, noise pictures, prompts, lengths and threads, AdamW and a reference model;
 nothing is downloaded. Each side is a process of its own and the two step in turn, so that a busy machine slows both
@@ -132,6 +132,7 @@ class Side:
         whole = self.now() - self.start if self.seconds else 0.0
         if self.device.type == "cuda":
             held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()  # the other side needs the memory now
         else:  # Linux counts resident pages in kB
             status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
             held, peak = (1024 * int(status[key].split()[0]) for key in ("VmRSS", "VmHWM"))
@@ -183,11 +184,12 @@ def run_trl(args, side: Side, model, processor, prompts: list[str], images: list
 
     trl_utils = importlib.import_module("trl.trainer.utils")
     trl_utils._use_triton = lambda device: True  # asked there only to choose: score the completion's positions or all
+    reference = copy.deepcopy(model).requires_grad_(False)  # in the dtype of the checkpoint, as 04's
     vlm.set_trainable(model, args.train)
     special = {*vlm.stop_ids(model, processor), *processor.tokenizer.convert_tokens_to_ids(tiny_vlm.SPECIAL)}
     trainer = trl_trainer(
         model,
-        copy.deepcopy(model).requires_grad_(False),
+        reference,
         processor,
         [{"prompt": prompt, "image": image} for prompt, image in zip(prompts, images, strict=True)],
         lambda completions, **_: rng.integers(0, 5, len(completions)).astype(float).tolist(),

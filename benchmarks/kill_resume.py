@@ -52,9 +52,9 @@ def kill(out: Path) -> None:
                 os.kill(int(entry.parent.name), signal.SIGKILL)
 
 
-def interrupted_run(script: str, data: Path, out: Path, ranks: int, delay: float, writing: int = 0) -> None:
+def interrupted_run(script: str, data: Path, out: Path, ranks: int, delay: float, writing: int = 0) -> bool:
     """Starts a run, kills it `delay` seconds after its start, or after it has begun its `writing`-th checkpoint, and
-    resumes it to its end."""
+    resumes it to its end. False when it had ended before."""
     process, seen, there = start(script, data, out, ranks), 0, False
     while seen < writing and process.poll() is None:
         before, there = there, (out / ".checkpoint.tmp").exists()
@@ -63,9 +63,11 @@ def interrupted_run(script: str, data: Path, out: Path, ranks: int, delay: float
     end = time.monotonic() + delay
     while time.monotonic() < end and process.poll() is None:
         time.sleep(0.0005)
+    alive = process.poll() is None
     kill(out)
     process.communicate()
     finish(start(script, data, out, ranks, "--resume"))
+    return alive
 
 
 def results(out: Path) -> tuple:
@@ -90,10 +92,12 @@ def main(argv: list[str] | None = None) -> None:
                 finish(start(script, args.data.resolve(), undisturbed, ranks))
                 seconds, good = time.monotonic() - began, 0
                 for i in tqdm(range(args.kills), desc=f"{script}, {ranks} rank{'s' * (ranks > 1)}"):
-                    out = Path(folder) / "killed"
-                    writing = rng.randint(1, 5) if i % 2 else 0
-                    delay = rng.uniform(0, 0.05 if writing else seconds)
-                    interrupted_run(script, args.data.resolve(), out, ranks, delay, writing)
+                    out, killed = Path(folder) / "killed", False
+                    while not killed:  # a moment after the end is drawn again
+                        shutil.rmtree(out, ignore_errors=True)
+                        writing = rng.randint(1, 5) if i % 2 else 0
+                        delay = rng.uniform(0, 0.05 if writing else seconds)
+                        killed = interrupted_run(script, args.data.resolve(), out, ranks, delay, writing)
                     good += results(out) == results(undisturbed)
                     shutil.rmtree(out)
                 print(f"{script}, {ranks} rank{'s' * (ranks > 1)}: {good} of {args.kills} equal")

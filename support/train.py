@@ -16,6 +16,8 @@ import shutil
 import signal
 import sys
 import threading
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -102,14 +104,15 @@ def start(seed: int) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise BadInput(f"{local + 1} processes on this machine but {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", local)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if here > torch.cuda.device_count():
+            raise BadInput(f"{here} processes on this machine but {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        # An hour, since rank 0 reads whole checkpoints from slow disks while the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        # Two hours, since the others wait while rank 0 writes a checkpoint to what may be a slow disk.
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own)
     torch.manual_seed(seed)
     return World(rank, size, device)
 
@@ -121,11 +124,11 @@ def run(stage: Callable[[list[str] | None], None], argv: list[str] | None) -> No
         try:
             stage(argv)
         except torch.OutOfMemoryError as error:
-            raise BadInput("the GPU's memory is used up; lower --micro-batch, --batch-size or --max-new-tokens, or use "
-                           f"--gradient-checkpointing or --shard: {str(error).splitlines()[0]}") from error  # fmt: skip
-        finally:
-            if dist.is_available() and dist.is_initialized():
-                dist.destroy_process_group()
+            raise BadInput("the GPU's memory is used up; lower --micro-batch or --prompts-per-step or use --shard or "
+                           "--gradient-checkpointing (03, 04), lower --batch-size (05): "
+                           f"{str(error).splitlines()[0]}") from error  # fmt: skip
+        if dist.is_available() and dist.is_initialized():  # not after an error: other ranks may sit in a collective
+            dist.destroy_process_group()
 
     run_stage(work)
 
@@ -133,7 +136,7 @@ def run(stage: Callable[[list[str] | None], None], argv: list[str] | None) -> No
 def defer_signals(world: World) -> list[int]:
     """From now on Ctrl-C and SIGTERM do not break a step in two: their numbers appear in the returned list.
 
-    A second one ends a single process at once; torchrun itself repeats a signal, and kills after half a minute.
+    A second one ends a single process at once; torchrun itself repeats a signal, and kills after --shutdown-timeout.
     """
     came, before = [], {}
 
@@ -217,10 +220,12 @@ def peak_memory(world: World) -> float:
     """The most memory that this process has held so far, in GiB: of its GPU, or else of the machine."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
+    if sys.platform == "linux":  # ru_maxrss would begin with the parent's peak
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) / 2**20  # KiB
     import resource  # POSIX only: absent on Windows
 
-    scale = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def warmup_cosine(step: int, steps: int, warmup_ratio: float) -> float:
@@ -265,7 +270,10 @@ def check_batch(flag: str, batch: int, world: World, shard: bool) -> None:
 def load_model(name: str, world: World, shard: bool) -> torch.nn.Module:
     """bf16 on GPUs, fp32 on CPUs; a model that is to be sharded is loaded into CPU memory."""
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return vlm.load_model(name, torch.device("cpu") if shard else world.device, dtype)
+    model = vlm.load_model(name, torch.device("cpu") if shard else world.device, dtype)
+    # Autocast leaves an embedding as it is: its fp32 masters would make the residual stream and the KV cache fp32, too.
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    return model
 
 
 def shard(model: torch.nn.Module, world: World) -> dict[str, torch.nn.Parameter]:
@@ -279,7 +287,7 @@ def shard(model: torch.nn.Module, world: World) -> dict[str, torch.nn.Parameter]
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if gpu else MixedPrecisionPolicy()
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for module in [*layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # the root would not by default
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -323,7 +331,7 @@ def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 def save(out: Path, step: int, model, processor, trained: dict, optimizer, world: World, keep: int = 2) -> None:
     """Writes checkpoint `step` under a temporary name and renames it; older ones but the last `keep` go."""
     weights = {name: whole(tensor, world) for name, tensor in model.state_dict().items()}
-    masters = {name: whole(parameter.detach(), world) for name, parameter in trained.items()}
+    masters = {name: weights[name] for name in trained}
     moments = optimizer.state_dict()
     moments["state"] = {i: {k: whole(v, world) for k, v in part.items()} for i, part in moments["state"].items()}
     states = world.gather([random_state()])
@@ -349,7 +357,7 @@ def checkpoints(out: Path) -> list[Path]:
 # Flags that may differ between a run and its resumption: they change where and how fast it runs, or when it ends.
 FREE = {"out", "resume", "overwrite", "steps", "micro_batch", "save_every", "shard", "gradient_checkpointing",
         "no_prefix_sharing"}  # fmt: skip
-OWN = ("run.json", "metrics.jsonl", "rollouts.jsonl", "config.json", "*.safetensors", "checkpoint-*")
+OWN = ("run.json", "metrics.jsonl", "rollouts.jsonl", "config.json", "*.safetensors*", "checkpoint-*")
 
 
 def open_run(args: argparse.Namespace, world: World) -> None:
@@ -376,9 +384,10 @@ def open_run(args: argparse.Namespace, world: World) -> None:
         raise BadInput(f"{args.out}: holds {old[0].name} of another run; choose another --out, go on with it by "
                        "--resume, or delete it by --overwrite")  # fmt: skip
     if world.main:
-        for file in old:
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-        args.out.mkdir(parents=True, exist_ok=True)
+        with writing(args.out):
+            for file in old:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            args.out.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(settings, indent=1) + "\n")
     world.wait()
 
@@ -393,11 +402,19 @@ def resume(out: Path, trained: dict, optimizer, world: World) -> int:
     found, state = checkpoints(out), None
     for folder in reversed(found):
         try:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(folder / "state.pt") as file:  # torch itself does not look at the checksums
+                if file.testzip() is not None:
+                    raise zipfile.BadZipFile
+            # On a GPU the file is mapped, not read: all processes of a machine share its pages.
+            mapped = world.device.type == "cuda"
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=mapped)
             break
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
+                pickle.UnpicklingError):  # fmt: skip
             if world.main:
                 print(f"{folder}/state.pt cannot be read; trying the checkpoint before it", file=sys.stderr)
+    if len(set(world.gather([state["step"] if state else 0]))) > 1:
+        raise BadInput(f"{out}: the processes read different checkpoints; --out must lie on a disk that all share")
     if found and state is None:
         raise BadInput(f"{out}: no checkpoint can be read; start anew with --overwrite")
     if state is None:
@@ -449,7 +466,8 @@ class Log:
     def __init__(self, path: Path, steps_done: int, world: World):
         self.path, self.world = path, world
         if world.main:
-            kept = [row for row in read_log(path) if row["step"] <= steps_done] if steps_done else []
+            rows = read_log(path) if steps_done else []
+            kept = [row for row in rows if isinstance(row, dict) and row.get("step", math.inf) <= steps_done]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, *rows: dict) -> None:
@@ -461,10 +479,10 @@ class Log:
 def read_log(path: Path) -> list[dict]:
     """The rows of a metrics or rollout file; a last line cut short by a kill is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except ValueError:  # of JSON or of UTF-8
             break
     return rows
 

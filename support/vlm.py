@@ -213,7 +213,7 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, processor: Processor, 
     `state` stands for `model.state_dict()` where the model's own tensors are shards.
     """
     dtype = stored_dtype(model)
-    state = {name: tensor.to(dtype) for name, tensor in (state or model.state_dict()).items()}
+    state = {name: tensor.to("cpu", dtype) for name, tensor in (state or model.state_dict()).items()}
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         del state["lm_head.weight"]  # tied: stored once, under its embedding's name
     model.save_pretrained(folder, state_dict=state)

@@ -91,6 +91,21 @@ def test_two_ranks_equal_one(runs, data, tmp_path):
     assert (tmp_path / "e1" / "predictions.jsonl").read_text() == (tmp_path / "e2" / "predictions.jsonl").read_text()
 
 
+def test_a_rank_without_variance_neither_hangs_nor_differs(data, tmp_path):
+    """One prompt a rank and only correctness rewarded: in some steps all of one rank's completions are wrong. Samples,
+    metrics and weights are those of one process."""
+    flags = ["--data", data, "--model", tiny_vlm.DEFAULT, "--steps", "5", "--prompts-per-step", "2", "--lr", "3e-4",
+             "--reward-weights", "0", "0", "2", "--micro-batch", "1", "--max-new-tokens", "24"]  # fmt: skip
+    call("04_grpo.py", *flags, "--out", tmp_path / "one")
+    call("04_grpo.py", *flags, "--out", tmp_path / "two", ranks=2)
+    assert 1 in {row["zero_variance_groups"] for row in metrics(tmp_path / "two")}
+    one, two = (train.read_log(tmp_path / name / "rollouts.jsonl") for name in ("one", "two"))
+    assert [row["text"] for row in one] == [row["text"] for row in two]  # the same lines in the same order
+    for first, second in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-5)
+
+
 @pytest.mark.parametrize("group", ["llm", "mlp"])  # with the tower frozen, and with its merger trained
 def test_sharded_over_two_ranks_equals_one_process(runs, data, tmp_path, group):
     """Three updates with a rollout before each: tokens, losses, weights; and a resume with another world size."""
@@ -192,6 +207,10 @@ def test_bad_input_is_one_line(data, tmp_path):
         ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--group-size", "1"),
         ("05_eval.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--limit", "0"),
         ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--shard"),  # one process
+        ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--save-every", "0"),
+        ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--seed", "-1"),
+        ("03_sft.py", "--data", data, "--max-steps", "-1"),
+        ("03_sft.py", "--data", data, "--lr", "nan"),
     ]
     for case in cases:
         message = call(*case, fails=True)
