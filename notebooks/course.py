@@ -1,23 +1,27 @@
 """What the notebooks share: the miniature's commands, how to run one quietly, how to show a picture or a table.
 
 The lessons build on each other through the folder notebooks/work/ (git-ignored): `run` makes a part of it, `need`
-makes it only if an earlier lesson has not.
+makes it only if an earlier lesson has not. Importing this module moves to the repository's top, where the scripts are.
 """
 
 import contextlib
 import importlib
 import io
 import os
+import sys
 from pathlib import Path
-
-os.environ["TQDM_DISABLE"] = "1"  # no progress bars in notebooks
 
 import matplotlib.pyplot as plt
 from IPython.display import Image as Displayed
 from IPython.display import Markdown
 from PIL import Image
 
-plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "figure.constrained_layout.use": True, "savefig.bbox": None})
+ROOT = Path(__file__).resolve().parent.parent
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars in notebooks
+
+plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "figure.constrained_layout.use": True})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 WORK = Path("notebooks/work")
@@ -30,6 +34,7 @@ COMMANDS = {
     "plain": ("02_zoom_augment", f"--data {WORK}/slices --no-patch --workers 1"),
     "sft": ("03_sft", f"--data {WORK}/zoom --model {BASE}"),
     "sft_full": ("03_sft", f"--data {WORK}/zoom --model {BASE} --train full"),
+    "sft_plain": ("03_sft", f"--data {WORK}/plain --model {BASE}"),
     "grpo": ("04_grpo", f"--data {WORK}/zoom --model {WORK}/sft --steps 60"),
     "eval": ("05_eval", f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo"),
 }
@@ -63,7 +68,7 @@ def need(name: str) -> Path:
 
 
 def show(path: Path, width: int = 1000) -> Displayed:
-    """A picture file as a cell's output, at most `width` pixels wide and in 128 colours, so that notebooks stay small."""
+    """A picture file as a cell's output, at most `width` px wide, in 128 colours: notebooks stay small."""
     picture = Image.open(path).convert("RGB")
     picture.thumbnail((width, width))
     buffer = io.BytesIO()
