@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in notebooks
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "figure.constrained_layout.use": True})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
