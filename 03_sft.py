@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
                       "when memory runs out, the result stays the same (%(default)s)")  # fmt: skip
     size.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
     run = parser.add_argument_group("run")
+    run.add_argument("--shard", action="store_true", help="FSDP2: spread weights, gradients, optimiser over all GPUs")
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints; the last two are kept")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit")
     run.add_argument("--seed", type=int, default=0, help="order of the samples (%(default)s)")
@@ -100,21 +101,22 @@ def sft(argv: list[str] | None = None) -> None:
             raise BadInput(f"--{flag.replace('_', '-')} must be above 0")
     world = train.start(args.seed)
     records = train.load_split(args.data, "train")
-    if args.batch_size < world.size:
-        raise BadInput(f"--batch-size {args.batch_size} is less than one sample for each of {world.size} processes")
+    train.check_batch("--batch-size", args.batch_size, world, args.shard)
     steps = args.max_steps or math.ceil(args.epochs * len(records) / args.batch_size)
 
     # ---- model: everything frozen but the chosen MLPs ----
-    model, processor = vlm.load_model(args.model, world.device), vlm.load_processor(args.model)
+    model, processor = train.load_model(args.model, world, args.shard), vlm.load_processor(args.model)
     trained = vlm.set_trainable(model, args.train)
+    count, total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
     model.train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if args.shard:
+        trained = train.shard(model, world)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
     done = train.resume(args.out, trained, optimizer) if args.resume else 0
     log = train.Log(args.out / "metrics.jsonl", done, world)
     if world.main:
-        count, total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
         print(f"training {args.train}: {count:,} of {total:,} parameters ({100 * count / total:.1f} %)")
         print(f"{len(records)} samples, {steps} steps of {args.batch_size} = {world.size} processes x "
               f"{args.batch_size / world.size:g}, at most {args.micro_batch} at a time")  # fmt: skip
@@ -135,7 +137,8 @@ def sft(argv: list[str] | None = None) -> None:
             train.save(args.out, step - 1, model, processor, trained, optimizer, world)
             raise BadInput(f"step {step}: loss or gradient is not finite; step {step - 1} is saved; lower --lr")
         seconds = time.perf_counter() - began
-        log.write({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds})
+        log.write({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds,
+                   "peak_memory_gib": train.peak_memory(world)})  # fmt: skip
         bar.set_postfix_str(f"loss {loss:.3f}")
         bar.update()
         if step % args.save_every == 0 or step == steps:

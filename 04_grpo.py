@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import rewards
@@ -45,7 +46,7 @@ class Rollout:
     """B prompts with N completions each. `mask` comes from the sampler: EOS counts, what follows it does not; it is
     never derived from pad ids, which may equal EOS."""
 
-    prompts: dict  # a left-padded batch of B prompts, see vlm.encode
+    prompts: dict  # a left-padded batch of B prompts, see vlm.encode; `features` [tokens, hidden] a picture: `rollout`
     tokens: torch.Tensor  # [B, N, L] sampled ids
     mask: torch.Tensor  # [B, N, L] bool
     finished: torch.Tensor  # [B, N] bool, False where --max-new-tokens cut the sample off
@@ -76,12 +77,19 @@ def rollout(model, prompts: dict, u: torch.Tensor, stops: list[int], temperature
     """Samples N completions a prompt; u [B, N, L] are the samples' random numbers, L the most tokens of a completion.
 
     Sampling and scoring use the same distribution: softmax(logits / temperature), no top-k, no top-p, no penalty,
-    whatever the checkpoint's generation_config says.
+    whatever the checkpoint's generation_config says. Where the vision tower is frozen, its output is kept for scoring.
     """
     B, N, L = u.shape
     stop = torch.tensor(stops, device=u.device)
     position = vlm.positions(model, prompts)  # [3, B, P]
+    tower, seen = model.model.visual, []
+    hook = tower.register_forward_hook(lambda module, inputs, output: seen.append(output.pooler_output))
     out = model(**prompts, position_ids=position, use_cache=True, logits_to_keep=1)  # each prompt and picture once
+    hook.remove()
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        sizes = prompts["image_grid_thw"].prod(1) // model.config.vision_config.spatial_merge_size**2
+        prompts = {key: value for key, value in prompts.items() if key != "pixel_values"}
+        prompts["features"] = list(seen[0].split(sizes.tolist()))  # B pictures' tokens, [tokens, hidden] each
     cache = out.past_key_values
     cache.batch_repeat_interleave(N)  # AABB: row b * N + i is sample i of prompt b
     logits = out.logits[:, -1].repeat_interleave(N, 0)  # [B * N, V]
@@ -108,10 +116,18 @@ def rollout(model, prompts: dict, u: torch.Tensor, stops: list[int], temperature
 
 
 def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) at `tokens`, in fp32: [..., V], [...] -> [...], without a tensor of all of
-    the log-softmax."""
-    logits = logits.float() / temperature
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    """log softmax(logits / temperature) at `tokens`, in fp32: [B, T, V], [B, T] -> [B, T].
+
+    In chunks of columns whose fp32 copies are made again in the backward pass: with 152,000 words in the vocabulary
+    they would be the largest tensors in memory.
+    """
+
+    def one(logits, tokens):
+        logits = logits.float() / temperature
+        return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+    chunks = zip(logits.split(128, 1), tokens.split(128, 1), strict=True)
+    return torch.cat([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks], 1)
 
 
 def plain_logprobs(model, roll: Rollout, temperature: float) -> torch.Tensor:
@@ -123,10 +139,9 @@ def plain_logprobs(model, roll: Rollout, temperature: float) -> torch.Tensor:
     position = torch.cat([position, (position.amax((0, 2))[:, None] + offsets).expand(3, -1, -1)], 2)
     tokens, mask = roll.tokens.flatten(0, 1), roll.mask.flatten(0, 1)
     inputs = {
-        **prompts,
         "input_ids": torch.cat([prompts["input_ids"], as_input(tokens, model.config)], 1),
         "attention_mask": torch.cat([prompts["attention_mask"], mask.long()], 1),
-        "mm_token_type_ids": torch.cat([prompts["mm_token_type_ids"], torch.zeros_like(tokens).int()], 1),
+        **vlm.picture_inputs(prompts),
     }
     logits = model(**inputs, position_ids=position, logits_to_keep=L + 1, use_cache=False).logits[:, :-1]
     return gather_logprobs(logits, tokens, temperature).view(B, N, L)
@@ -166,8 +181,7 @@ def packed_logprobs(model, roll: Rollout, temperature: float) -> torch.Tensor:
     inputs = {
         "input_ids": torch.cat([prompts["input_ids"], as_input(tokens, model.config)], 1),
         "attention_mask": block_mask(prompts["attention_mask"], N, L),
-        "pixel_values": prompts["pixel_values"],
-        "image_grid_thw": prompts["image_grid_thw"],
+        **vlm.picture_inputs(prompts),
     }
     logits = model(**inputs, position_ids=position, logits_to_keep=columns, use_cache=False).logits  # [B, N * L, V]
     return gather_logprobs(logits, tokens, temperature).view(B, N, L)
@@ -286,6 +300,7 @@ def parser() -> argparse.ArgumentParser:
                      "when memory runs out, the result stays the same (%(default)s)")  # fmt: skip
     run.add_argument("--no-prefix-sharing", action="store_true", help="score one row a sample: slower, for comparison")
     run.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    run.add_argument("--shard", action="store_true", help="FSDP2: spread weights, gradients, optimiser over all GPUs")
     run.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; the last two are kept")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit")
     run.add_argument("--seed", type=int, default=0, help="order of the prompts and sampling (%(default)s)")
@@ -300,22 +315,26 @@ def grpo(argv: list[str] | None = None) -> None:
     if args.group_size < 2:
         raise BadInput("--group-size must be at least 2: an advantage compares the completions of one prompt")
     world = train.start(args.seed)
-    if args.prompts_per_step < world.size:
-        raise BadInput(f"--prompts-per-step {args.prompts_per_step} is fewer than {world.size}, one a process")
+    train.check_batch("--prompts-per-step", args.prompts_per_step, world, args.shard)
     records = train.load_split(args.data, "train")
 
     # ---- policy, frozen reference, optimiser ----
-    model, processor = vlm.load_model(args.model, world.device), vlm.load_processor(args.model)
+    model, processor = train.load_model(args.model, world, args.shard), vlm.load_processor(args.model)
     trained, stops = vlm.set_trainable(model, args.train), vlm.stop_ids(model, processor)
     reference = vlm.frozen_copy(model) if args.kl else None  # before --resume moves the policy
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    count = sum(p.numel() for p in trained.values())
+    if args.shard:
+        trained = train.shard(model, world)
+        if reference is not None:
+            train.shard(reference, world)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
     done = train.resume(args.out, trained, optimizer) if args.resume else 0
     log = train.Log(args.out / "metrics.jsonl", done, world)
     rollout_log = train.Log(args.out / "rollouts.jsonl", done, world)
     if world.main:
-        print(f"training {args.train}: {sum(p.numel() for p in trained.values()):,} parameters; {len(records)} prompts")
+        print(f"training {args.train}: {count:,} parameters; {len(records)} prompts")
         print(f"{args.steps} steps of {args.prompts_per_step} prompts x {args.group_size} = {world.size} processes x "
               f"{args.prompts_per_step / world.size:g} prompts, {args.micro_batch} groups at a time")  # fmt: skip
 
@@ -332,7 +351,7 @@ def grpo(argv: list[str] | None = None) -> None:
         N, L = args.group_size, args.max_new_tokens
         u = np.stack([[uniforms(args.seed, step, i, n, L) for n in range(N)] for i in mine])  # [B, N, L]
         model.eval()
-        with train.autocast(world.device):
+        with train.autocast(world.device), train.gathered(model):
             prompts = vlm.to_device(prompts, world.device)
             roll = rollout(model, prompts, torch.from_numpy(u).to(world.device), stops, args.temperature)
         texts = [[vlm.decode(processor, t[m].tolist(), stops) for t, m in zip(*group, strict=True)]
@@ -354,7 +373,8 @@ def grpo(argv: list[str] | None = None) -> None:
         metrics = update(model, reference, parts, [A[cut] for cut in cuts], world, optimizer, args)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             train.save(args.out, step - 1, model, processor, trained, optimizer, world)
-            raise BadInput(f"step {step}: loss or gradient is not finite; the weights before it are saved; lower --lr")
+            raise BadInput(f"step {step}: loss or gradient is not finite; the last finite weights are saved as "
+                           f"checkpoint {step - 1}; lower --lr")  # fmt: skip
 
         # ---- log ----
         rows = [{"step": step, "id": records[i]["id"], "sample": n, "text": texts[b][n], "label": records[i]["label"],
@@ -368,7 +388,8 @@ def grpo(argv: list[str] | None = None) -> None:
                  for key in ("reward", "format", "validity", "correctness", "tokens", "truncated")}  # fmt: skip
         now = time.perf_counter()
         log.write({"step": step, **means, **metrics, "zero_variance_groups": flat, "lr": args.lr,
-                   "seconds_rollout": sampled - began, "seconds_update": now - sampled})  # fmt: skip
+                   "seconds_rollout": sampled - began, "seconds_update": now - sampled,
+                   "peak_memory_gib": train.peak_memory(world)})  # fmt: skip
         rollout_log.write(*rows)
         bar.set_postfix_str(f"reward {means['reward']:.2f} correct {means['correctness']:.2f}")
         bar.update()

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import vlm
 from support.files import BadInput, dataset_info, open_picture, read_records, write_atomic
@@ -61,10 +64,13 @@ class World:
         return items[self.rank :: self.size]
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replaces each gradient by its sum over all ranks; a rank without one contributes zeros."""
+        """Replaces each gradient by its sum over all ranks; a rank without one contributes zeros. A sharded gradient
+        has been summed by FSDP2 already."""
         if self.size == 1:
             return
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
@@ -157,6 +163,16 @@ def ahead(function: Callable, items: Iterable) -> Iterator:
             yield waiting.result()
 
 
+def peak_memory(world: World) -> float:
+    """The most memory that this process has held so far, in GiB: of its GPU, or else of the machine."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**30
+    import resource  # POSIX only: absent on Windows
+
+    scale = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss counts bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
 def warmup_cosine(step: int, steps: int, warmup_ratio: float) -> float:
     """The learning rate's factor at `step` (from 0): linear warm-up, then half a cosine to 0 after the last step."""
     warmup = math.ceil(steps * warmup_ratio)
@@ -172,7 +188,8 @@ def apply_gradients(world: World, optimizer: torch.optim.Optimizer, lr: float, c
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     world.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -181,18 +198,89 @@ def apply_gradients(world: World, optimizer: torch.optim.Optimizer, lr: float, c
     return norm
 
 
+# ---- sharding with FSDP2: each rank holds a part of every tensor and gathers a layer just when it runs ----
+
+
+def check_batch(flag: str, batch: int, world: World, shard: bool) -> None:
+    """Raises BadInput for a global batch that cannot be dealt out to all ranks, or not evenly where `shard` asks it:
+    ranks that gather weights from one another must run equally many passes."""
+    if batch < world.size:
+        raise BadInput(f"{flag} {batch} is less than one for each of {world.size} processes")
+    if shard and world.size == 1:
+        raise BadInput("--shard spreads a model over several processes; start with torchrun --nproc-per-node N")
+    if shard and batch % world.size:
+        raise BadInput(f"{flag} {batch} must be a multiple of the {world.size} processes under --shard")
+
+
+def load_model(name: str, world: World, shard: bool) -> torch.nn.Module:
+    """bf16 on GPUs, fp32 on CPUs; a model that is to be sharded is loaded into CPU memory."""
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    return vlm.load_model(name, torch.device("cpu") if shard else world.device, dtype)
+
+
+def shard(model: torch.nn.Module, world: World) -> dict[str, torch.nn.Parameter]:
+    """Spreads a model that lies in CPU memory over all ranks' devices; returns its trained parameters' shards by name.
+
+    Trained shards are fp32 masters; a gathered layer is bf16 on a GPU. Gradients are summed, not averaged, over ranks,
+    since losses are divided by global counts. Only the root's forward may be called from now on.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    gpu = world.device.type == "cuda"
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if gpu else MixedPrecisionPolicy()
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """Within, a sharded model's layers stay gathered after their first use: a rollout would otherwise gather every
+    weight again for each token. Ranks may then run different numbers of decode steps, too."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    yield
+    model.set_reshard_after_forward(True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(tensor, world: World):
+    """A sharded tensor in one piece on rank 0's CPU (None elsewhere; all ranks must call it); other values as is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if world.main else None
+
+
+def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor that every rank holds, sharded as `parameter` is, if it is."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
 # ---- checkpoints: <out>/checkpoint-000050/ is a complete Hugging Face folder plus state.pt for --resume ----
 
 
 def save(out: Path, step: int, model, processor, trained: dict, optimizer, world: World, keep: int = 2) -> None:
     """Writes checkpoint `step` under a temporary name and renames it; older ones but the last `keep` go."""
+    weights = {name: whole(tensor, world) for name, tensor in model.state_dict().items()}
+    masters = {name: whole(parameter.detach(), world) for name, parameter in trained.items()}
+    moments = optimizer.state_dict()
+    moments["state"] = {i: {k: whole(v, world) for k, v in part.items()} for i, part in moments["state"].items()}
     if world.main:
         out.mkdir(parents=True, exist_ok=True)
         temporary, final = out / ".checkpoint.tmp", out / f"checkpoint-{step:06d}"
         shutil.rmtree(temporary, ignore_errors=True)
-        vlm.save_checkpoint(temporary, model, processor)
-        masters = {name: parameter.detach() for name, parameter in trained.items()}
-        state = {"step": step, "trained": masters, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        vlm.save_checkpoint(temporary, model, processor, weights)
+        state = {"step": step, "trained": masters, "optimizer": moments, "rng": torch.get_rng_state()}
         torch.save(state, temporary / "state.pt")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -225,7 +313,10 @@ def resume(out: Path, trained: dict, optimizer) -> int:
         raise BadInput(f"{path}: holds other trained parameters; resume with the --model and --train of the first run")
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(state["trained"][name])
+            parameter.copy_(like(state["trained"][name], parameter))
+    parameters = list(trained.values())
+    for i, part in state["optimizer"]["state"].items():
+        part.update({key: like(value, parameters[i]) for key, value in part.items()})
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["step"]

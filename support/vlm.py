@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from support.files import BadInput
@@ -103,14 +104,20 @@ def _pretrained(kind, name: str, **kwargs):
         raise BadInput(f"{name}: cannot be loaded as a checkpoint ({remedy}): {reason}") from error
 
 
-def save_checkpoint(folder: Path, model: torch.nn.Module, processor: Processor) -> None:
+def stored_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype that the model was loaded with: of its frozen weights, its reference and its checkpoints."""
+    dtype = model.config.dtype or model.dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained turns it into its name
+
+
+def save_checkpoint(folder: Path, model: torch.nn.Module, processor: Processor, state: dict | None = None) -> None:
     """Writes a complete Hugging Face folder: config, generation config, safetensors, tokenizer, image processor.
 
     Weights are stored in the dtype that the model was loaded with, so that on a GPU fp32 masters come out as bf16.
+    `state` stands for `model.state_dict()` where the model's own tensors are shards.
     """
-    dtype = model.config.dtype or model.dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained turns it into its name
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    dtype = stored_dtype(model)
+    state = {name: tensor.to(dtype) for name, tensor in (state or model.state_dict()).items()}
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         del state["lm_head.weight"]  # tied: stored once, under its embedding's name
     model.save_pretrained(folder, state_dict=state)
@@ -135,10 +142,13 @@ def set_trainable(model: torch.nn.Module, group: str) -> dict[str, torch.nn.Para
 
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of `model` that never changes; it shares every frozen tensor and copies only the trained ones."""
+    """A copy of `model` that never changes; it shares every frozen tensor and copies only the trained ones, in the
+    dtype of the checkpoint: nothing is lost, the fp32 masters still hold its very values."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    reference = copy.deepcopy(model, shared)
-    return reference.requires_grad_(False).eval()
+    reference = copy.deepcopy(model, shared).requires_grad_(False).eval()
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(stored_dtype(model))
+    return reference
 
 
 def stop_ids(model: torch.nn.Module, processor: Processor) -> list[int]:
@@ -211,6 +221,13 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
+def picture_inputs(batch: dict) -> dict:
+    """What the model's forward needs of the pictures: patches, or the tower's output where `features` has it."""
+    if "features" in batch:
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=batch["features"])}}
+    return {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
+
+
 def select(batch: dict, rows: slice) -> dict:
     """The given rows of a batch of prompts, with just their pictures' patches."""
     ends = batch["image_grid_thw"].prod(1).cumsum(0).tolist()
@@ -221,10 +238,16 @@ def select(batch: dict, rows: slice) -> dict:
 
 def repeat(batch: dict, times: int) -> dict:
     """Every row of a batch `times` times in a row (AABB), its picture with it."""
-    pictures = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
-    pixels = torch.cat([picture for picture in pictures for _ in range(times)])
-    repeated = {key: value.repeat_interleave(times, 0) for key, value in batch.items() if key != "pixel_values"}
-    return {**repeated, "pixel_values": pixels}
+    repeated = {}
+    for key, value in batch.items():
+        if key == "pixel_values":
+            pictures = value.split(batch["image_grid_thw"].prod(1).tolist())
+            repeated[key] = torch.cat([picture for picture in pictures for _ in range(times)])
+        elif key == "features":
+            repeated[key] = [picture for picture in value for _ in range(times)]
+        else:
+            repeated[key] = value.repeat_interleave(times, 0)
+    return repeated
 
 
 def decode(processor: Processor, ids: list[int], stops: list[int]) -> str:

@@ -138,6 +138,38 @@ def test_rollout_is_what_an_uncached_model_samples(model, roll):
                 ids, types = torch.cat([ids, token[None]], 1), torch.cat([types, torch.zeros(1, 1).int()], 1)
 
 
+def test_a_frozen_tower_runs_once_a_step(model, processor, records, roll):
+    """Its output, kept from the rollout, scores as the pictures themselves do, in both layouts and for any part."""
+    vlm.set_trainable(model, "llm")
+    calls = []
+    model.model.visual.register_forward_hook(lambda *call: calls.append(1))
+    u = torch.from_numpy(np.stack([[grpo.uniforms(0, 1, b, n, 24) for n in range(4)] for b in range(3)]))
+    kept = grpo.rollout(model, roll.prompts, u, vlm.stop_ids(model, processor), 1.0)
+    assert torch.equal(kept.tokens, roll.tokens) and "pixel_values" not in kept.prompts
+    with torch.no_grad():
+        scores = [score(model, kept, 1.0) for score in (grpo.plain_logprobs, grpo.packed_logprobs)]
+        last = slice(2, 3)
+        part = grpo.Rollout(vlm.select(kept.prompts, last), kept.tokens[last], kept.mask[last], kept.finished[last])
+        scores.append(torch.cat([scores[0][:2], grpo.packed_logprobs(model, part, 1.0)]))
+        assert len(calls) == 1
+        expected = grpo.plain_logprobs(model, roll, 1.0)
+    for score in scores:
+        assert torch.allclose(score * kept.mask, expected * kept.mask, atol=2e-5)
+
+
+def test_logprobs_in_chunks_against_float64():
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 300, 11, generator=generator)).requires_grad_()
+    tokens = torch.randint(11, (2, 300), generator=generator)
+    got = grpo.gather_logprobs(logits, tokens, 0.7)
+    exact = logits.detach().double().requires_grad_()
+    expected = (exact / 0.7).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    assert torch.allclose(got.double(), expected, atol=1e-5)
+    got.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.allclose(logits.grad.double(), exact.grad, atol=1e-4)
+
+
 def test_a_sampled_picture_placeholder_is_harmless(model, roll):
     """It would otherwise ask for a picture that is not there and stop the run."""
     roll.tokens[0, 0, 0] = model.config.image_token_id

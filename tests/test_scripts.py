@@ -15,7 +15,7 @@ from support import tiny_vlm, train, vlm
 
 SFT = ["--max-steps", "4", "--batch-size", "6", "--micro-batch", "3", "--save-every", "2"]
 GRPO = ["--steps", "4", "--prompts-per-step", "3", "--micro-batch", "2", "--save-every", "2", "--max-new-tokens", "12"]
-TIMES = {"seconds", "seconds_rollout", "seconds_update"}
+TIMES = {"seconds", "seconds_rollout", "seconds_update", "peak_memory_gib"}
 
 
 def call(script, *args, ranks=1, fails=False):
@@ -92,6 +92,72 @@ def test_two_ranks_equal_one(runs, data, tmp_path):
     assert (tmp_path / "e1" / "predictions.jsonl").read_text() == (tmp_path / "e2" / "predictions.jsonl").read_text()
 
 
+@pytest.mark.parametrize("group", ["llm", "mlp"])  # with the tower frozen, and with its merger trained
+def test_sharded_over_two_ranks_equals_one_process(runs, data, tmp_path, group):
+    """Three updates with a rollout before each: tokens, losses, weights; and a resume with another world size."""
+    flags = ["--data", data, "--model", runs / "sft", "--train", group, "--steps", "3", "--prompts-per-step", "4",
+             "--micro-batch", "1", "--inner-epochs", "2", "--max-new-tokens", "24", "--lr", "3e-4",
+             "--save-every", "1"]  # fmt: skip
+    call("04_grpo.py", *flags, "--out", tmp_path / "one")
+    call("04_grpo.py", *flags, "--out", tmp_path / "two", "--shard", ranks=2)
+    one, two = (
+        sorted((r["step"], r["id"], r["sample"], r["text"]) for r in train.read_log(tmp_path / name / "rollouts.jsonl"))
+        for name in ("one", "two")
+    )
+    assert one == two
+    for first, second in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-5)
+    for name, resume in (("one", ["--shard"]), ("two", [])):  # one process's state over two shards, and back
+        shutil.rmtree(tmp_path / name / "checkpoint-000003")
+        call("04_grpo.py", *flags, "--out", tmp_path / name, "--resume", *resume, ranks=1 + len(resume))
+    close(weights(tmp_path / "one"), weights(tmp_path / "two"), 2e-5)
+
+
+def test_sharded_sft_equals_one_process(runs, data, tmp_path):
+    call("03_sft.py", "--data", data, "--out", tmp_path / "sft", "--shard", *SFT, ranks=2)
+    close(weights(runs / "sft"), weights(tmp_path / "sft"), 1e-4)
+    for one, two in zip(metrics(runs / "sft"), metrics(tmp_path / "sft"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_memory_is_flat_over_200_steps(runs, data, tmp_path):
+    flags = ["--steps", "220", "--group-size", "2", "--prompts-per-step", "1", "--micro-batch", "1",
+             "--max-new-tokens", "3", "--save-every", "1000"]  # fmt: skip
+    call("04_grpo.py", "--data", data, "--model", runs / "sft", "--out", tmp_path, *flags)
+    peaks = [row["peak_memory_gib"] for row in train.read_log(tmp_path / "metrics.jsonl")]
+    assert peaks[0] > 0.1 and peaks[-1] - peaks[19] < 0.03, (peaks[0], peaks[19], peaks[-1])
+
+
+@pytest.mark.parametrize(("script", "loss"), [("03_sft", "sum_loss"), ("04_grpo", "grpo_loss")])
+def test_a_loss_that_is_not_finite_stops_the_run(runs, data, tmp_path, monkeypatch, script, loss):
+    """The third step's loss is NaN: one line, and the state after the second is saved as an undisturbed run has it."""
+    stage = importlib.import_module(script)
+    true, calls = getattr(stage, loss), []
+
+    def poisoned(*args, **kwargs):
+        value = true(*args, **kwargs)
+        calls.append(0)
+        bad = float("nan") if len(calls) == 3 else 1.0
+        return value * bad if torch.is_tensor(value) else (value[0] * bad, value[1])
+
+    flags = ["--data", data, "--model", runs / "sft", "--save-every", "99", "--inner-epochs", "1", "--micro-batch", "6",
+             "--prompts-per-step", "4", "--max-new-tokens", "12", "--steps"]  # fmt: skip
+    if script == "03_sft":
+        flags = ["--data", data, "--model", runs / "sft", "--batch-size", "6", "--micro-batch", "6", "--warmup-ratio",
+                 "1e-9", "--max-steps"]  # fmt: skip
+    monkeypatch.setattr(stage, loss, poisoned)
+    with pytest.raises(SystemExit, match="step 3: loss or gradient is not finite"):
+        stage.main([*map(str, flags), "4", "--out", str(tmp_path / "nan")])
+    saved = torch.load(tmp_path / "nan" / "checkpoint-000002" / "state.pt", weights_only=True)
+    assert saved["step"] == 2 and all(torch.isfinite(tensor).all() for tensor in saved["trained"].values())
+    monkeypatch.setattr(stage, loss, true)
+    stage.main([*map(str, flags), "4", "--out", str(tmp_path / "nan"), "--resume"])
+    stage.main([*map(str, flags), "4", "--out", str(tmp_path / "good")])
+    one, other = weights(tmp_path / "nan"), weights(tmp_path / "good")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_eval_counts(runs, data, tmp_path):
     printed = call("05_eval.py", "--data", data, "--model", tiny_vlm.DEFAULT, runs / "sft", runs / "grpo",
                    "--out", tmp_path)  # fmt: skip
@@ -145,6 +211,7 @@ def test_bad_input_is_one_line(data, tmp_path):
         ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--group-size", "1"),
         ("05_eval.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--limit", "0"),
         ("03_sft.py", "--data", data, "--out", tmp_path / "new", "--resume"),
+        ("04_grpo.py", "--data", data, "--model", tiny_vlm.DEFAULT, "--shard"),  # one process
     ]
     for case in cases:
         message = call(*case, fails=True)
