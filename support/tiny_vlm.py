@@ -183,6 +183,19 @@ def warm_up_vision(model, pixels, grid, truth, steps: int, lr: float, batch: int
     return sum(map(sum, recent)) / (4 * len(recent))
 
 
+def questions(records: list[dict]) -> list[dict]:
+    """One attribute question a phantom record, the four attributes in turn: the general skill that the base was taught.
+
+    In the form of vqa_metrics.read_questions, `part` being the attribute. Other records have none.
+    """
+    asked = []
+    for record in records:
+        if values := phantom.attributes(record.get("text", "")):
+            name, value = list(zip(ATTRIBUTES, values, strict=True))[len(asked) % len(ATTRIBUTES)]
+            asked.append({**record, "question": ASK.format(name), "answers": [value], "part": name})
+    return asked
+
+
 def lesson(record: dict, rng: random.Random) -> tuple[str, str]:
     """One (prompt, answer) of the language stage. Diagnoses are drawn at random, never read from the record."""
     text, kind = record["text"], rng.random()

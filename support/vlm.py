@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +20,10 @@ from support.files import BadInput
 transformers_logging.disable_progress_bar()
 
 IMAGE_PAD = "<|image_pad|>"
+FAMILIES = ("qwen2_5_vl", "qwen2_vl")  # whose model_type is read by `load_processor`; the first alone is trained
+# Flags that make `generate` greedy whatever a checkpoint's own generation_config says.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY |= dict.fromkeys(("temperature", "top_k", "top_p"))
 DEMO_MARKER = "medreason_demo"  # key in config.json that support/tiny_vlm.py writes; see `is_demo`
 
 # What `--train` can name: patterns that must match a parameter's whole name. An unanchored "mlp" would be wrong: it
@@ -49,7 +53,7 @@ class Processor:
 
 def load_config(name: str):
     """The configuration of a checkpoint folder or hub id. Raises BadInput with a remedy when it cannot be had."""
-    return _pretrained(AutoConfig, name)
+    return pretrained(AutoConfig, name)
 
 
 def is_demo(name: str) -> bool:
@@ -59,7 +63,7 @@ def is_demo(name: str) -> bool:
 
 def load_processor(name: str) -> Processor:
     """Tokenizer and image processor of a folder or hub id. Raises BadInput when a needed token is missing."""
-    processor = Processor(_pretrained(AutoTokenizer, name), _pretrained(AutoImageProcessor, name))
+    processor = Processor(pretrained(AutoTokenizer, name), pretrained(AutoImageProcessor, name))
     tokens = processor.tokenizer.get_vocab()
     for token in (IMAGE_PAD, "<|vision_start|>", "<|im_start|>", "<|im_end|>"):
         if token not in tokens:
@@ -69,13 +73,27 @@ def load_processor(name: str) -> Processor:
     return processor
 
 
+def any_processor(name: str):
+    """For evaluation: the `Processor` of the families that it fits, the checkpoint's own AutoProcessor for any other
+    (untested, and some need torchvision)."""
+    if load_config(name).model_type in FAMILIES:
+        return load_processor(name)
+    return pretrained(AutoProcessor, name)
+
+
+def count_parameters(name: str) -> int:
+    """The parameters of a folder or hub id, counted from its configuration alone; a tied head counts once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForImageTextToText.from_config(load_config(name)).parameters())
+
+
 def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """The model of a folder or hub id on `device`, in evaluation mode: bf16 on a GPU, fp32 on a CPU unless told.
 
     Only safetensors are read, never pickles. Raises BadInput with a remedy when it cannot be loaded.
     """
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model, report = _pretrained(
+    model, report = pretrained(
         AutoModelForImageTextToText,
         name,
         dtype=dtype,
@@ -89,7 +107,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None
     return model.to(device).eval()
 
 
-def _pretrained(kind, name: str, **kwargs):
+def pretrained(kind, name: str, **kwargs):
     """`kind.from_pretrained(name)`, with the failures that a user can mend turned into one line."""
     local = Path(name).is_dir()
     # A hub id is "owner/name"; our own default folders look like one, too, but are never meant as such.
@@ -98,7 +116,7 @@ def _pretrained(kind, name: str, **kwargs):
         raise BadInput(f"{name}: no such checkpoint folder; run the stage before, or give a folder or hub id (--model)")
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         remedy = "is it complete?" if local else "no such folder; a hub id? then: network, spelling, access"
         raise BadInput(f"{name}: cannot be loaded as a checkpoint ({remedy}): {reason}") from error

@@ -365,7 +365,7 @@ def test_an_internal_bug_still_raises(data, tmp_path, monkeypatch, error):
     def bug(*_):
         raise error("a bug of ours")
 
-    monkeypatch.setattr(stage, "crop_square", bug)
+    monkeypatch.setattr(stage, "augment", bug)
     with pytest.raises(error, match="a bug of ours"):
         augmented(data, tmp_path / "out")
 
