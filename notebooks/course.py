@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -83,3 +84,19 @@ def table(header: list, rows: list) -> Markdown:
     cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return Markdown("\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]]))
+
+
+def grade(*checks: Callable[[], None]) -> None:
+    """Runs an exercise's checks, one point each: a check that raises shows its hint. AssertionError unless all pass."""
+    passed = 0
+    for check in checks:
+        try:
+            check()
+        except Exception as error:
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            print(f"[ ] {check.__doc__}\n      hint: {kind}{error}")
+        else:
+            print(f"[x] {check.__doc__}")
+            passed += 1
+    print(f"{passed} of {len(checks)} points")
+    assert passed == len(checks), "not solved yet: the hints are above"
