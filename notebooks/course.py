@@ -1,7 +1,7 @@
 """What the notebooks share: the miniature's commands, how to run one quietly, how to show a picture or a table.
 
-The lessons build on each other through the folder notebooks/work/ (git-ignored): `run` makes a part of it, `need`
-makes it only if an earlier lesson has not. Importing this module moves to the repository's top, where the scripts are.
+The lessons build on each other through the folder notebooks/work/ (git-ignored): `run` makes a part of it unless an
+earlier lesson has. Importing this module moves to the repository's top, where the scripts are.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave a shared core to others
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in notebooks
 warnings.filterwarnings("ignore", message="IProgress not found")
 
@@ -39,7 +40,7 @@ COMMANDS = {
     "sft_full": ("03_sft", f"--data {WORK}/zoom --model {BASE} --train full"),
     "sft_plain": ("03_sft", f"--data {WORK}/plain --model {BASE}"),
     "grpo": ("04_grpo", f"--data {WORK}/zoom --model {WORK}/sft --steps 60"),
-    "eval": ("05_eval", f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo"),
+    "eval": ("05_eval", f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo --overwrite"),
 }
 LAST_FILE = ("dataset_info.json", "config.json", "table.md")  # what a stage writes when it is done
 
@@ -55,19 +56,16 @@ def stage(script: str, *flags: str) -> None:
 
 
 def run(name: str) -> Path:
-    """Runs the miniature's command `name` (a key of COMMANDS); returns the folder it made."""
-    script, flags = COMMANDS[name]
+    """The folder of the command `name` (a key of COMMANDS), made now, with what it needs, unless it is there."""
+    folder, (script, flags) = WORK / name, COMMANDS[name]
+    if any((folder / file).exists() for file in LAST_FILE):
+        print(f"{folder}: made before; delete it to make it again")
+        return folder
     for word in flags.split():
         if word.startswith(f"{WORK}/"):
-            need(Path(word).name)
-    stage(script, *flags.split(), "--out", f"{WORK}/{name}")
-    return WORK / name
-
-
-def need(name: str) -> Path:
-    """The folder of the miniature's command `name`, made now if no earlier lesson has made it."""
-    made = any((WORK / name / file).exists() for file in LAST_FILE)
-    return WORK / name if made else run(name)
+            run(Path(word).name)
+    stage(script, *flags.split(), "--out", str(folder))
+    return folder
 
 
 def show(path: Path, width: int = 1000) -> Displayed:

@@ -144,9 +144,8 @@ def copy(tmp_path_factory):
 
 @pytest.mark.notebooks
 @pytest.mark.parametrize("name", LESSONS)
-def test_lesson_runs_without_an_error(copy, name, monkeypatch):
+def test_lesson_runs_without_an_error(copy, name):
     """In the order of LESSONS, each lesson finds what the ones before have made; alone, it makes that itself."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # the suite's own setting; a student's kernel has none
     notebook = nbformat.read(copy / "notebooks" / f"{name}.ipynb", 4)
     began = time.perf_counter()
     NotebookClient(
