@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--shard", action="store_true", help="FSDP2: spread weights, gradients, optimiser over all GPUs")
     run.add_argument("--save-every", type=int, default=200, help="steps between checkpoints; the last two are kept")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit")
+    run.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
     run.add_argument("--seed", type=int, default=0, help="order of the samples (%(default)s)")
     return parser
 
@@ -104,6 +105,8 @@ def sft(argv: list[str] | None = None) -> None:
     train.check_batch("--batch-size", args.batch_size, world, args.shard)
     steps = args.max_steps or math.ceil(args.epochs * len(records) / args.batch_size)
 
+    train.open_run(args, world)
+
     # ---- model: everything frozen but the chosen MLPs ----
     model, processor = train.load_model(args.model, world, args.shard), vlm.load_processor(args.model)
     trained = vlm.set_trainable(model, args.train)
@@ -114,7 +117,7 @@ def sft(argv: list[str] | None = None) -> None:
     if args.shard:
         trained = train.shard(model, world)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
-    done = train.resume(args.out, trained, optimizer) if args.resume else 0
+    done = train.resume(args.out, trained, optimizer, world) if args.resume else 0
     log = train.Log(args.out / "metrics.jsonl", done, world)
     if world.main:
         print(f"training {args.train}: {count:,} of {total:,} parameters ({100 * count / total:.1f} %)")
@@ -127,6 +130,7 @@ def sft(argv: list[str] | None = None) -> None:
         chunks = [mine[i : i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)]
         return [encode([records[i] for i in chunk], processor) for chunk in chunks]
 
+    signals = train.defer_signals(world)
     bar = tqdm(total=steps, initial=done, desc="SFT", unit="step", disable=not world.main)
     for step, micro_batches in enumerate(train.ahead(load, range(done, steps)), start=done + 1):
         began = time.perf_counter()
@@ -141,8 +145,12 @@ def sft(argv: list[str] | None = None) -> None:
                    "peak_memory_gib": train.peak_memory(world)})  # fmt: skip
         bar.set_postfix_str(f"loss {loss:.3f}")
         bar.update()
-        if step % args.save_every == 0 or step == steps:
+        stop = train.asked_to_stop(signals, world)
+        if step % args.save_every == 0 or step == steps or stop:
             train.save(args.out, step, model, processor, trained, optimizer, world)
+        if stop:
+            bar.close()
+            raise train.Interrupted(stop, f"stopped and saved after step {step}; --resume goes on")
     bar.close()
 
     # ---- the checkpoint becomes --out itself ----

@@ -303,6 +303,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--shard", action="store_true", help="FSDP2: spread weights, gradients, optimiser over all GPUs")
     run.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; the last two are kept")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit")
+    run.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
     run.add_argument("--seed", type=int, default=0, help="order of the prompts and sampling (%(default)s)")
     return parser
 
@@ -318,6 +319,8 @@ def grpo(argv: list[str] | None = None) -> None:
     train.check_batch("--prompts-per-step", args.prompts_per_step, world, args.shard)
     records = train.load_split(args.data, "train")
 
+    train.open_run(args, world)
+
     # ---- policy, frozen reference, optimiser ----
     model, processor = train.load_model(args.model, world, args.shard), vlm.load_processor(args.model)
     trained, stops = vlm.set_trainable(model, args.train), vlm.stop_ids(model, processor)
@@ -330,7 +333,7 @@ def grpo(argv: list[str] | None = None) -> None:
         if reference is not None:
             train.shard(reference, world)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
-    done = train.resume(args.out, trained, optimizer) if args.resume else 0
+    done = train.resume(args.out, trained, optimizer, world) if args.resume else 0
     log = train.Log(args.out / "metrics.jsonl", done, world)
     rollout_log = train.Log(args.out / "rollouts.jsonl", done, world)
     if world.main:
@@ -343,6 +346,7 @@ def grpo(argv: list[str] | None = None) -> None:
         prompts = [rewards.prompt(records[i]["question"], "think") for i in mine]
         return mine, vlm.encode(processor, train.pictures([records[i] for i in mine]), prompts)
 
+    signals = train.defer_signals(world)
     bar = tqdm(total=args.steps, initial=done, desc="GRPO", unit="step", disable=not world.main)
     for step, (mine, prompts) in enumerate(train.ahead(load, range(done, args.steps)), start=done + 1):
         began = time.perf_counter()
@@ -369,7 +373,7 @@ def grpo(argv: list[str] | None = None) -> None:
         # ---- 4. and 5. loss and update ----
         model.train()
         cuts = [slice(b, b + args.micro_batch) for b in range(0, len(mine), args.micro_batch)]
-        parts = [Rollout(vlm.select(prompts, c), roll.tokens[c], roll.mask[c], roll.finished[c]) for c in cuts]
+        parts = [Rollout(vlm.select(roll.prompts, c), roll.tokens[c], roll.mask[c], roll.finished[c]) for c in cuts]
         metrics = update(model, reference, parts, [A[cut] for cut in cuts], world, optimizer, args)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             train.save(args.out, step - 1, model, processor, trained, optimizer, world)
@@ -393,8 +397,12 @@ def grpo(argv: list[str] | None = None) -> None:
         rollout_log.write(*rows)
         bar.set_postfix_str(f"reward {means['reward']:.2f} correct {means['correctness']:.2f}")
         bar.update()
-        if step % args.save_every == 0 or step == args.steps:
+        stop = train.asked_to_stop(signals, world)
+        if step % args.save_every == 0 or step == args.steps or stop:
             train.save(args.out, step, model, processor, trained, optimizer, world)
+        if stop:
+            bar.close()
+            raise train.Interrupted(stop, f"stopped and saved after step {step}; --resume goes on")
     bar.close()
 
     train.finish(args.out, world)

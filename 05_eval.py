@@ -56,8 +56,9 @@ def answer(model, processor, images: list, prompts: list[str], tokens: int, devi
     else:  # another family: its own processor, stop tokens and padding
         turns = [[{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
                  for image, prompt in zip(images, prompts, strict=True)]  # fmt: skip
-        how = {"return_dict": True, "return_tensors": "pt", "padding": True, "padding_side": "left"}
-        batch, own = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, **how), {}
+        batch, own = processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"}), {}  # fmt: skip
     with train.autocast(device):
         out = model.generate(**vlm.to_device(batch, device), **vlm.GREEDY, **own, max_new_tokens=tokens)
     rows = out[:, batch["input_ids"].shape[1] :].tolist()  # [B, T]
@@ -103,12 +104,15 @@ def ask(name: str, place: Path, tasks: dict[str, list], args, world: train.World
             for task, pairs in tasks.items()}  # fmt: skip
 
 
+# ---- answers: the rows of predictions.jsonl and general.jsonl ----
+
+
 def diagnoses(name: str, records: list[dict], mode: str, texts: list[str]) -> list[dict]:
     """The rows of predictions.jsonl: what one model answered under one prompt form, with the reward's parts."""
     rows = []
     for record, text in zip(records, texts, strict=True):
         parts = rewards.reward(text, record["label"])
-        rows.append({"model": name, "mode": mode, "id": record["id"], "patient": record.get("patient"),
+        rows.append({"model": name, "mode": mode, "id": record["id"], "patient": record.get("patient", record["id"]),
                      "label": record["label"], "predicted": parts.predicted, "format": parts.format,
                      "validity": parts.validity, "correctness": parts.correctness, "text": text})  # fmt: skip
     return rows
@@ -129,7 +133,24 @@ def judged(rows: list[dict], args, world: train.World) -> None:
         row["judged"] = by_text.get(rewards.thinking(row["text"]))
 
 
-# ---- scoring ----
+def general_sets(args, records: list[dict]) -> dict[str, list[dict]]:
+    """The general-skill questions by set, each with its whole prompt."""
+    sets = {"skill": [{**q, "prompt": q["question"]} for q in tiny_vlm.questions(records)] if args.skill else []}
+    for key in ("chartqa", "textvqa"):
+        found = [q for path in getattr(args, key) for q in vqa_metrics.read_questions(path, ten=key == "textvqa")]
+        sets[key] = [{**q, "prompt": f"{q['question']}\n{vqa_metrics.SHORT}"} for q in found[: args.limit]]
+    return {key: questions for key, questions in sets.items() if questions}
+
+
+def scored(name: str, key: str, questions: list[dict], texts: list[str]) -> list[dict]:
+    """The rows of general.jsonl: one model's answers to one set, and their scores."""
+    return [{"model": name, "set": key, "part": q["part"], "id": q["id"], "patient": q.get("patient", q["image"].name),
+             "question": q["question"], "answers": q["answers"], "text": text,
+             "score": SCORES[key](vqa_metrics.bare(text), q["answers"])}
+            for q, text in zip(questions, texts, strict=True)]  # fmt: skip
+
+
+# ---- metrics: shares of those rows, with intervals ----
 
 
 def summarise(rows: list[dict]) -> dict:
@@ -158,9 +179,9 @@ def summarise(rows: list[dict]) -> dict:
         if decided:
             same = np.array([row["judged"] == row["predicted"] for row in decided], float)
             consistency = bootstrap(same, [row["patient"] for row in decided])
-            right = float(np.mean([row["judged"] == row["label"] for row in decided]))
+            true = float(np.mean([row["judged"] == row["label"] for row in decided]))
             result["judge"] |= {"consistency": consistency["mean"], "interval_95": consistency["interval_95"],
-                                "right": right}  # fmt: skip
+                                "right": true}  # fmt: skip
     return result
 
 
@@ -196,6 +217,25 @@ def paired(rows: list[dict], general: list[dict], models: dict[str, str], modes:
             for one, other in pairs]  # fmt: skip
 
 
+def measure(args, rows: list[dict], general: list[dict]) -> dict:
+    """The content of metrics.json. Models go by their folder's last name where that is unambiguous."""
+    short = {name: Path(name).name for name in args.model}
+    if len(set(short.values())) < len(short):
+        short = {name: name for name in args.model}
+    models = {}
+    for name in args.model:
+        modes = {mode: summarise([r for r in rows if (r["model"], r["mode"]) == (name, mode)])
+                 for mode in MODES[args.think]}  # fmt: skip
+        parts = {key: summarise_general([r for r in general if (r["model"], r["set"]) == (name, key)])
+                 for key in dict.fromkeys(row["set"] for row in general)}  # fmt: skip
+        models[short[name]] = {"path": name, "parameters": vlm.count_parameters(name), "modes": modes, "general": parts,
+                               "weighted_average": weighted(parts)}  # fmt: skip
+    kinds, counts = np.unique([r["label"] for r in rows[: next(iter(modes.values()))["n"]]], return_counts=True)
+    n, most = int(counts.sum()), int(counts.argmax())
+    return {"n": n, "commonest_class": {"name": str(kinds[most]), "share": counts[most] / n}, "judge": args.judge,
+            "models": models, "paired": paired(rows, general, short, MODES[args.think])}  # fmt: skip
+
+
 # ---- one slice of one's own ----
 
 
@@ -213,15 +253,15 @@ def diagnose(args) -> None:
             print(f"  answers: {rewards.predicted_class(text) or f'no class in {text!r}'}")
 
 
-# ---- flags, and the whole evaluation ----
+# ---- flags and the output folder ----
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what is asked").add_argument
     add("--data", type=Path, default=Path("data/ct_rate_vqa_zoom"), help="02's folder (%(default)s)")
-    add("--model", nargs="+", default=[str(tiny_vlm.DEFAULT), "runs/sft", "runs/grpo"], help="folders or hub ids, "
-        "of any family, though only Qwen2.5-VL and Qwen2-VL are tested (default: tiny base, runs/sft, runs/grpo)")
+    add("--model", nargs="+", default=[str(tiny_vlm.DEFAULT), "runs/sft", "runs/grpo"],
+        help="folders or hub ids (default: the tiny base, runs/sft and runs/grpo)")  # fmt: skip
     add("--think", choices=MODES, default="both", help="prompt: think (yes), direct (no) or both (%(default)s)")
     add("--limit", type=int, help="only the first so many questions of each set")
     add("--image", type=Path, help="diagnose this one windowed slice instead, and print thinking and answer")
@@ -249,6 +289,8 @@ def check(args) -> None:
         raise BadInput("--model names a checkpoint twice; name each once")
     if (args.image is None) != (args.box is None):
         raise BadInput("--image FILE and --box X0 Y0 X1 Y1 go together")
+    if args.judge != "keyword":
+        vlm.load_config(args.judge)  # a misspelt judge is found now, not after hours of answers
 
 
 def checkpoint_digest(name: str) -> str:
@@ -265,10 +307,16 @@ def checkpoint_digest(name: str) -> str:
 
 def begin(args) -> None:
     """Opens --out for these models, data and settings. Raises BadInput when it holds others' results."""
-    if args.overwrite:
-        for name in OUTPUTS:
-            (args.out / name).unlink(missing_ok=True)
-        shutil.rmtree(args.out / ".work", ignore_errors=True)
+    made = args.out / ".work" / "settings.json"
+    made = read_json(made) if made.exists() else None
+    ours = isinstance(made, dict) and made.get("script") == "05_eval.py"
+    if ours and args.overwrite:
+        try:
+            for name in OUTPUTS:
+                (args.out / name).unlink(missing_ok=True)
+            shutil.rmtree(args.out / ".work")
+        except OSError as error:
+            raise BadInput(f"{args.out}: cannot be cleared: {error.strerror}") from error
     files = {"data": [args.data / "test" / "metadata.jsonl"], "chartqa": args.chartqa, "textvqa": args.textvqa}
     settings = {"model": {name: checkpoint_digest(name) for name in args.model}}
     settings |= {flag: [digest(read_bytes(path)) for path in paths] for flag, paths in files.items()}
@@ -276,43 +324,7 @@ def begin(args) -> None:
     try:
         open_work(args.out, settings, "05_eval.py")
     except BadInput as error:
-        raise BadInput(f"{error}, or start anew with --overwrite") from error
-
-
-def general_sets(args, records: list[dict]) -> dict[str, list[dict]]:
-    """The general-skill questions by set, each with its whole prompt."""
-    sets = {"skill": [{**q, "prompt": q["question"]} for q in tiny_vlm.questions(records)] if args.skill else []}
-    for key in ("chartqa", "textvqa"):
-        found = [q for path in getattr(args, key) for q in vqa_metrics.read_questions(path, ten=key == "textvqa")]
-        sets[key] = [{**q, "prompt": f"{q['question']}\n{vqa_metrics.SHORT}"} for q in found[: args.limit]]
-    return {key: questions for key, questions in sets.items() if questions}
-
-
-def scored(name: str, key: str, questions: list[dict], texts: list[str]) -> list[dict]:
-    """The rows of general.jsonl: one model's answers to one set, and their scores."""
-    return [{"model": name, "set": key, "part": q["part"], "id": q["id"], "patient": q.get("patient", q["image"].name),
-             "question": q["question"], "answers": q["answers"], "text": text,
-             "score": SCORES[key](vqa_metrics.bare(text), q["answers"])}
-            for q, text in zip(questions, texts, strict=True)]  # fmt: skip
-
-
-def measure(args, rows: list[dict], general: list[dict]) -> dict:
-    """The content of metrics.json. Models go by their folder's last name where that is unambiguous."""
-    short = {name: Path(name).name for name in args.model}
-    if len(set(short.values())) < len(short):
-        short = {name: name for name in args.model}
-    models = {}
-    for name in args.model:
-        modes = {mode: summarise([r for r in rows if (r["model"], r["mode"]) == (name, mode)])
-                 for mode in MODES[args.think]}  # fmt: skip
-        parts = {key: summarise_general([r for r in general if (r["model"], r["set"]) == (name, key)])
-                 for key in dict.fromkeys(row["set"] for row in general)}  # fmt: skip
-        models[short[name]] = {"path": name, "parameters": vlm.count_parameters(name), "modes": modes, "general": parts,
-                               "weighted_average": weighted(parts)}  # fmt: skip
-    kinds, counts = np.unique([r["label"] for r in rows[: next(iter(modes.values()))["n"]]], return_counts=True)
-    n, most = int(counts.sum()), int(counts.argmax())
-    return {"n": n, "commonest_class": {"name": str(kinds[most]), "share": counts[most] / n}, "judge": args.judge,
-            "models": models, "paired": paired(rows, general, short, MODES[args.think])}  # fmt: skip
+        raise BadInput(f"{error}{', or start anew with --overwrite' if ours else ''}") from error
 
 
 def write_results(args, records: list[dict], rows: list[dict], general: list[dict]) -> None:
@@ -331,14 +343,17 @@ def write_results(args, records: list[dict], rows: list[dict], general: list[dic
               "prompt": rewards.prompt(by_id[r["id"]]["question"], r["mode"]), "thinking": rewards.thinking(r["text"]),
               "rewards": {part: r[part] for part in ("format", "validity", "correctness")}}
              for r in rows]  # fmt: skip
-    runs = [folder for name in args.model for folder in (Path(name), Path(name).parent)
-            if (folder / "metrics.jsonl").is_file()]  # fmt: skip
-    write_report(args.out / "report.html", title="Evaluation", tables=shown, runs=list(dict.fromkeys(runs)),
+    folders = dict.fromkeys(folder for name in args.model for folder in (Path(name), Path(name).parent))
+    runs = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]  # a checkpoint lies in its run
+    write_report(args.out / "report.html", title="MedReason-R1: evaluation", tables=shown, runs=runs,
                  figures=[("Confusion", args.out / "confusion.png")], cases=cases)  # fmt: skip
     write_atomic(args.out / "table.md", tables.markdown(shown))
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
     print(tables.markdown(shown))
     print(f"{args.out}: {', '.join(name for name in OUTPUTS if (args.out / name).exists())}")
+
+
+# ---- the whole evaluation ----
 
 
 def evaluate(argv: list[str] | None = None) -> None:

@@ -25,7 +25,8 @@ KEYWORDS = {
     "Pleural effusion/thickening": ("pleural, pleura, effusion, fluid", "solid, band, crescent"),
     "Pulmonary nodules/masses": ("nodule, nodules, nodular, mass, masses", "solid, round, spherical"),
 }
-NEGATED = re.compile(r"\b(?:no|not|without|absence of|rather than)\b[^.,;]*")  # dropped up to the next stop or comma
+# What is denied, up to the next stop, comma or "but", is dropped.
+NEGATED = re.compile(r"\b(?:no|not|without|absence of|rather than)\b.*?(?=[.,;]|\bbut\b|$)", re.DOTALL)
 PROMPT = (
     "This is a radiologist's reasoning about a lesion on a chest CT slice:\n\n{}\n\nWhich one of these diagnoses does "
     "the reasoning alone make most probable? " + "; ".join(CLASSES) + ". Answer with that one option only."

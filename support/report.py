@@ -27,7 +27,7 @@ BUDGET = 50_000_000  # characters of slice pictures in a page: a browser opens s
 def _jpeg(path: Path) -> str:
     """The picture as a small JPEG, in base64; colour is kept at full resolution, or the red box would smear."""
     buffer = io.BytesIO()
-    open_picture(path).convert("RGB").save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
+    open_picture(path).convert("RGB").save(buffer, "JPEG", quality=80, subsampling=0, optimize=True)
     return b64encode(buffer.getvalue()).decode()
 
 
@@ -68,10 +68,11 @@ def write_report(path: Path, *, title: str, tables: list[tuple[str, str, list[li
     tables: caption, note, rows with the header first. runs: folders of 03 or 04. figures: caption, PNG. cases: one dict
     an answer: image (Path), model, mode, id, prompt, text, thinking, answer (None when invalid), truth, correct,
     rewards {format, validity, correctness}; answers to one slice share its id and image. Where the pictures of all
-    slices would pass BUDGET, every second (third, ...) slice is kept, and the page says so; tables are the caller's.
+    slices would pass BUDGET (by the size of the first), an even selection of them is kept, and the page says so.
     """
     images = list(dict.fromkeys(case["image"] for case in cases))
-    images = images[:: math.ceil(len(images) * len(_jpeg(images[0])) / BUDGET)] if images else []
+    room = min(len(images), max(1, BUDGET // len(_jpeg(images[0])))) if images else 0
+    images = [images[i * len(images) // room] for i in range(room)]
     places = {image: place for place, image in enumerate(images)}
     kept = [case for case in cases if case["image"] in places]
     prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(case["prompt"] for case in kept))}

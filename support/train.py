@@ -6,13 +6,17 @@ global counts beforehand, so a gradient does not depend on the number of ranks o
 """
 
 import argparse
+import errno
+import hashlib
 import json
 import math
 import os
 import pickle
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -28,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import vlm
-from support.files import BadInput, dataset_info, open_picture, read_records, write_atomic
+from support.files import BadInput, dataset_info, open_picture, read_bytes, read_json, read_records, write_atomic
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class World:
             parts = [None] * self.size
             dist.all_gather_object(parts, items)
         return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
 
     def share(self, items: list) -> list:
         """This rank's part of a global batch."""
@@ -92,18 +101,70 @@ def start(seed: int) -> World:
     return World(rank, size, device)
 
 
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; like KeyboardInterrupt no Exception, so that nothing catches it by accident."""
+
+    def __init__(self, number: int, told: str = "interrupted; the same command with --resume goes on"):
+        super().__init__(told)
+        self.number = number
+
+
+def _interrupt(number: int, frame) -> None:
+    raise Interrupted(number)
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+
+
 def run(stage: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
-    """Calls a stage; the user's mistakes end in one line and exit code 1, Ctrl-C in 130; bugs keep their traceback."""
+    """Calls a stage. The user's mistakes, a disk that takes no more and a GPU without memory end in one line and exit
+    code 1, Ctrl-C in 130 and SIGTERM in 143; bugs keep their traceback."""
+    main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    handlers = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         stage(argv)
     except BadInput as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; start again with --resume to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        sys.exit(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}; free space or choose another --out")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: the GPU's memory is used up; lower --micro-batch, --batch-size or --max-new-tokens, or add "
+                 f"--gradient-checkpointing or --shard ({str(error).splitlines()[0]})")  # fmt: skip
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.number)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def defer_signals(world: World) -> list[int]:
+    """From now on Ctrl-C and SIGTERM do not break a step in two: their numbers appear in the returned list.
+
+    A second Ctrl-C ends a single process at once; torchrun itself repeats a signal, and kills after half a minute.
+    """
+    came = []
+
+    def note(number: int, frame) -> None:
+        came.append(number)
+        if world.size == 1:
+            signal.signal(number, _interrupt)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
+    return came
+
+
+def asked_to_stop(came: list[int], world: World) -> int:
+    """The signal that any rank has received since `defer_signals`, the same answer on all of them; 0 for none."""
+    interrupts, terminations = world.sum(signal.SIGINT in came, signal.SIGTERM in came)
+    return int(signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, demo: dict) -> argparse.Namespace:
@@ -275,19 +336,19 @@ def save(out: Path, step: int, model, processor, trained: dict, optimizer, world
     masters = {name: whole(parameter.detach(), world) for name, parameter in trained.items()}
     moments = optimizer.state_dict()
     moments["state"] = {i: {k: whole(v, world) for k, v in part.items()} for i, part in moments["state"].items()}
+    states = world.gather([random_state()])
     if world.main:
         out.mkdir(parents=True, exist_ok=True)
         temporary, final = out / ".checkpoint.tmp", out / f"checkpoint-{step:06d}"
         shutil.rmtree(temporary, ignore_errors=True)
         vlm.save_checkpoint(temporary, model, processor, weights)
-        state = {"step": step, "trained": masters, "optimizer": moments, "rng": torch.get_rng_state()}
+        state = {"step": step, "trained": masters, "optimizer": moments, "rng": states}
         torch.save(state, temporary / "state.pt")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for old in checkpoints(out)[:-keep]:
             shutil.rmtree(old)
-    if world.size > 1:
-        dist.barrier()
+    world.wait()
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -295,22 +356,63 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name))
 
 
-def resume(out: Path, trained: dict, optimizer) -> int:
-    """Restores weights, optimiser and random state from the newest checkpoint; returns the steps done.
+# Flags that may differ between a run and its resumption: they change where and how fast it runs, or when it ends.
+FREE = {"out", "resume", "overwrite", "steps", "micro_batch", "save_every", "shard", "gradient_checkpointing",
+        "no_prefix_sharing"}  # fmt: skip
+OWN = ("run.json", "metrics.jsonl", "rollouts.jsonl", "config.json", "*.safetensors", "checkpoint-*")
 
-    The file is read with `weights_only=True`: tensors and numbers, never code. Raises BadInput when there is none or
-    it was made with another --train.
+
+def open_run(args: argparse.Namespace, world: World) -> None:
+    """Makes --out this run's: its settings go into run.json, or must equal those there under --resume.
+
+    Raises BadInput for another run's files, unless --overwrite, which deletes them (files of other names stay).
     """
-    found = checkpoints(out)
-    if not found:
-        raise BadInput(f"{out}: no checkpoint to resume from; start without --resume")
-    path = found[-1] / "state.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{path}: cannot be read; delete {found[-1]} to resume from the one before") from error
+    path = args.out / "run.json"
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    data = hashlib.sha256(read_bytes(args.data / "train" / "metadata.jsonl")).hexdigest()
+    settings = json.loads(json.dumps({**settings, "data": data}, default=str))
+    known = read_json(path) if args.resume and path.exists() else None
+    old = sorted(file for pattern in OWN for file in args.out.glob(pattern))
+    world.wait()  # until all ranks have looked, before one changes what they see
+    if known is not None:
+        for key, value in settings.items():
+            was = known.get(key) if isinstance(known, dict) else known
+            if was != value:
+                raise BadInput(f"{path}: --{key.replace('_', '-')} was {was} and is {value} now; --resume goes on with "
+                               "the same settings only")  # fmt: skip
+        return
+    if old and not args.overwrite:
+        raise BadInput(f"{args.out}: holds {old[0].name} of another run; choose another --out, go on with it by "
+                       "--resume, or delete it by --overwrite")  # fmt: skip
+    if world.main:
+        for file in old:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(settings, indent=1) + "\n")
+    world.wait()
+
+
+def resume(out: Path, trained: dict, optimizer, world: World) -> int:
+    """Restores weights, optimiser and random states from the newest checkpoint that can be read; returns the steps
+    done, 0 without any checkpoint.
+
+    The file is read with `weights_only=True`: tensors and numbers, never code. Raises BadInput when checkpoints exist
+    but none can be read.
+    """
+    found, state = checkpoints(out), None
+    for folder in reversed(found):
+        try:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            break
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+            if world.main:
+                print(f"{folder}/state.pt cannot be read; trying the checkpoint before it", file=sys.stderr)
+    if found and state is None:
+        raise BadInput(f"{out}: no checkpoint can be read; start anew with --overwrite")
+    if state is None:
+        return 0
     if {n: p.shape for n, p in state["trained"].items()} != {n: p.shape for n, p in trained.items()}:
-        raise BadInput(f"{path}: holds other trained parameters; resume with the --model and --train of the first run")
+        raise BadInput(f"{folder}: holds other trained parameters; resume with the first run's --model and --train")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(like(state["trained"][name], parameter))
@@ -318,8 +420,20 @@ def resume(out: Path, trained: dict, optimizer) -> int:
     for i, part in state["optimizer"]["state"].items():
         part.update({key: like(value, parameters[i]) for key, value in part.items()})
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
+    if world.rank < len(state["rng"]):
+        set_random_state(state["rng"][world.rank])
     return state["step"]
+
+
+def random_state() -> list[torch.Tensor]:
+    """torch's random states of this process: the CPU's and, where there is one, its GPU's."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def set_random_state(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available() and len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
 
 
 def finish(out: Path, world: World) -> None:

@@ -75,7 +75,7 @@ def load_processor(name: str) -> Processor:
 
 def any_processor(name: str):
     """For evaluation: the `Processor` of the families that it fits, the checkpoint's own AutoProcessor for any other
-    (untested, and some need torchvision)."""
+    (tested with LLaVA alone; some need torchvision)."""
     if load_config(name).model_type in FAMILIES:
         return load_processor(name)
     return pretrained(AutoProcessor, name)
