@@ -45,11 +45,15 @@ COMMANDS = {
 LAST_FILE = ("dataset_info.json", "config.json", "table.md")  # what a stage writes when it is done
 
 
-def stage(script: str, *flags: str) -> None:
-    """Runs a numbered script in this process, as `python <script>.py <flags>` would, without its progress bars."""
+def stage(script: str, *flags: str, quiet: bool = False) -> None:
+    """Runs a numbered script in this process, as `python <script>.py <flags>` would, without its progress bars.
+
+    `quiet` also hides what it prints: 05's tables, which a lesson shows from table.md.
+    """
     print(f"$ python {script}.py {' '.join(flags)}")
+    printed = contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), printed:
             importlib.import_module(script).main(list(flags))
     except SystemExit as error:  # bad input: the script's one-line message
         raise RuntimeError(error.code) from None
@@ -64,7 +68,7 @@ def run(name: str) -> Path:
     for word in flags.split():
         if word.startswith(f"{WORK}/"):
             run(Path(word).name)
-    stage(script, *flags.split(), "--out", str(folder))
+    stage(script, *flags.split(), "--out", str(folder), quiet=script == "05_eval")
     return folder
 
 
