@@ -38,7 +38,8 @@ def test_committed_lesson_was_run_once_from_top_to_bottom_and_is_small(name):
     outputs = [o for c in code for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert any("image/png" in o.get("data", {}) for o in outputs) or name == "faq"
-    assert not re.search(r"/(home|root|tmp|Users)/", path.read_text(encoding="utf-8"))  # no one's own folders
+    told = "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in outputs)
+    assert not re.search(r"/(home|root|tmp|Users)/", told)  # no one's own folders
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -47,6 +48,14 @@ def test_exercise_comes_without_outputs_and_without_its_solution(name):
     assert not any(c.get("outputs") for c in notebook.cells)
     stub = cells(COURSE / "exercises" / f"{name}.ipynb", "stub")
     assert len(stub) == 1 and "NotImplementedError" in stub[0]
+
+
+def test_the_course_page_links_to_files_that_exist_and_to_all_notebooks():
+    linked = re.findall(r"\]\(([^)#:]+)\)", (COURSE / "README.md").read_text(encoding="utf-8"))
+    assert all((COURSE / link).exists() for link in linked)
+    files = [*COURSE.glob("*.ipynb"), *COURSE.glob("exercises/*.ipynb")]
+    found = [path.relative_to(COURSE).as_posix() for path in files]
+    assert set(found) <= set(linked) and len(found) == len(LESSONS) + len(EXERCISES)
 
 
 # ---- exercises ----
