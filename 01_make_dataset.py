@@ -27,6 +27,8 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,9 +42,9 @@ from tqdm import tqdm
 
 from rewards import CLASSES, QUESTION, target
 from support.files import MIN_SIDE, BadInput, open_work, png_bytes, read_bytes, read_json, write_atomic
-from support.nifti import Nifti, read_header, read_slabs
+from support.nifti import Nifti, picture_planes, read_header, read_slabs
 from support.phantom import write_phantoms
-from support.pool import parallel
+from support.pool import parallel, run_stage
 from support.rexgroundingct import Case, ct_rate_path, fault, find_ct, finding_axis, read_cases
 
 DEMO = {"phantoms": 360}
@@ -115,13 +117,15 @@ def to_picture_axes(affine: np.ndarray) -> np.ndarray:
     return nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), wanted)
 
 
-def find_boxes(lesion: np.ndarray, min_area: float) -> list[list[int]]:
-    """Boxes [x0, y0, x1, y1] (px, end-exclusive) of the 8-connected components of `lesion`, bool [rows, columns].
+def find_boxes(lesion: np.ndarray, min_area: float, left: int = 0, top: int = 0) -> list[list[int]]:
+    """Boxes [x0, y0, x1, y1] (px, end-exclusive) of the 8-connected components of `lesion`, bool [rows, columns], which
+    is the part of a picture that begins at column `left` and row `top`.
 
     Kept are boxes with an area strictly above `min_area` px; largest first, ties from the left, then from the top.
     """
     labels, _ = ndimage.label(lesion, EIGHT_CONNECTED)
-    boxes = [[x.start, y.start, x.stop, y.stop] for y, x in ndimage.find_objects(labels)]
+    found = ndimage.find_objects(labels)
+    boxes = [[left + x.start, top + y.start, left + x.stop, top + y.stop] for y, x in found]
     return sorted((box for box in boxes if area(box) > min_area), key=lambda box: (-area(box), box))
 
 
@@ -130,30 +134,29 @@ def area(box: list[int]) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def read_lesions(mask: Nifti, case: Case, transform: np.ndarray) -> np.ndarray:
-    """The mask as bool [slice, row, column, finding] in picture axes: a view, one byte a voxel whatever the file holds.
+def read_lesions(mask: Nifti, case: Case, transform: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (slice, bool [row, column, finding]) of the mask, in picture axes. Raises BadInput.
 
     Every entity of a finding has a number of its own, so lesion is "> 0". The mask lies on the CT's voxel grid, and its
-    own affine is not to be trusted: it is turned by the CT's `transform`. Raises BadInput.
+    own affine is not to be trusted: it is turned by the CT's `transform`.
     """
-    axis = finding_axis(mask.shape, case)
-    lesions = np.empty(mask.shape, bool, order="F")
-    for i, slab in enumerate(read_slabs(mask)):
-        lesions[..., i] = slab > 0 if (mask.slope, mask.inter) == (1, 0) else slab * mask.slope + mask.inter > 0
-    lesions = lesions[..., None] if axis is None else np.moveaxis(lesions, axis, -1)
-    return nib.orientations.apply_orientation(lesions, transform)
+    axis, plain = finding_axis(mask.shape, case), (mask.slope, mask.inter) == (1, 0)
+    lesion = (slab > 0 if plain else slab * mask.slope + mask.inter > 0 for slab in read_slabs(mask))
+    return picture_planes(lesion, mask.shape, bool, axis, transform)
 
 
-def boxes_by_slice(lesions: np.ndarray, min_fraction: float) -> tuple[list[dict[int, list]], np.ndarray]:
-    """For each finding {slice: kept boxes}, and whether its mask has any voxel; `lesions` as read_lesions gives it."""
-    min_area = min_fraction * lesions.shape[1] * lesions.shape[2]
-    boxes: list[dict[int, list]] = [{} for _ in range(lesions.shape[3])]
-    present = np.zeros(lesions.shape[3], bool)
-    for k, plane in enumerate(lesions):  # one pass in the file's own order, all findings together
-        here = plane.any(axis=0).any(axis=0)  # 40 times as fast as axis=(0, 1)
+def boxes_by_slice(planes: Iterable, findings: int, min_fraction: float) -> tuple[list[dict[int, list]], np.ndarray]:
+    """For each finding {slice: kept boxes}, and whether its mask has any voxel; `planes` is read_lesions' iterator."""
+    boxes: list[dict[int, list]] = [{} for _ in range(findings)]
+    present = np.zeros(findings, bool)
+    for k, plane in planes:
+        columns, rows = plane.any(axis=0), plane.any(axis=(1, 2)).nonzero()[0]  # [column, finding], [rows with lesion]
+        here = columns.any(axis=0)
         present |= here
-        for f in np.flatnonzero(here):
-            if kept := find_boxes(plane[..., f], min_area):
+        for f in np.flatnonzero(here):  # searching only the rows and columns that hold lesions saves a tenth of the run
+            x = np.flatnonzero(columns[:, f])
+            part = plane[rows[0] : rows[-1] + 1, x[0] : x[-1] + 1, f]
+            if kept := find_boxes(part, min_fraction * plane[..., f].size, int(x[0]), int(rows[0])):
                 boxes[f][k] = kept
     return boxes, present
 
@@ -194,12 +197,10 @@ def apply_window(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def read_pictures(ct: Nifti, transform: np.ndarray, slices: list[int], window: tuple[float, float]) -> dict:
-    """{slice: uint8 [row, column]} of a CT, which keeps its stored type: only `slices` become HU. Raises BadInput."""
-    stored = np.empty(ct.shape, ct.dtype, order="F")
-    for i, slab in enumerate(read_slabs(ct)):
-        stored[..., i] = slab
-    volume = nib.orientations.apply_orientation(stored, transform)
-    return {k: apply_window(volume[k] * ct.slope + ct.inter, window) for k in slices}
+    """{slice: uint8 [row, column]} of a CT; only `slices` become HU, but the whole file is checked. Raises BadInput."""
+    planes = picture_planes(read_slabs(ct), ct.shape, ct.dtype, None, transform)
+    wanted = set(slices)
+    return {k: apply_window(plane[..., 0] * ct.slope + ct.inter, window) for k, plane in planes if k in wanted}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,8 +210,7 @@ def read_pictures(ct: Nifti, transform: np.ndarray, slices: list[int], window: t
 def build_volume(case: Case, rex: Path, ct_rate: Path, out: Path, split: str, settings: Settings) -> dict:
     """Makes one volume's pictures and records; the record file comes last, and marks the volume as finished.
 
-    Peak memory is the larger of the mask at one byte a voxel and finding, and the CT in its stored type. A volume that
-    cannot be used comes back as skipped and leaves no file, so that the next run tries it again.
+    A volume that cannot be used comes back as skipped and leaves no file, so that the next run tries it again.
     """
     result = {"volume": case.volume, "records": [], "skipped": [], "left_out": [], "too_small": 0}
     try:
@@ -220,7 +220,8 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, out: Path, split: str, se
         if ct.affine is None:
             raise BadInput(f"{ct.path}: neither sform nor qform: the orientation is unknown")
         transform = to_picture_axes(ct.affine)
-        boxes, present = boxes_by_slice(read_lesions(mask, case, transform), settings.min_box_fraction)
+        lesions = read_lesions(mask, case, transform)
+        boxes, present = boxes_by_slice(lesions, len(case.keys), settings.min_box_fraction)
         for f, (key, category) in enumerate(zip(case.keys, case.categories, strict=True)):
             if category not in CLASS_OF:
                 result["skipped"].append(fault(case.volume, key, f"unknown category {category!r:.40}"))
@@ -265,14 +266,14 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, out: Path, split: str, se
     return result
 
 
-def make_dataset(rex: Path, ct_rate: Path, out: Path, settings: Settings, workers: int = 0, strict: bool = False):
+def make_dataset(rex: Path, ct_rate: Path, out: Path, settings: Settings, workers=0, strict=False, overwrite=False):
     """Builds (or completes) the dataset folder `out` and returns its dataset_info, a dict.
 
     The output is the same bytes for any number of `workers` (0: one a core), interrupted or not. Raises BadInput; with
     `strict` at the first skipped volume or finding.
     """
     cases, skipped = read_cases(rex / "dataset.json")
-    open_work(out, asdict(settings), "01_make_dataset.py")
+    open_work(out, asdict(settings), "01_make_dataset.py", overwrite)
     split = split_patients({case.patient for case in cases}, settings.test_fraction, settings.seed)
 
     def report(faults: list[dict]) -> None:
@@ -292,9 +293,10 @@ def make_dataset(rex: Path, ct_rate: Path, out: Path, settings: Settings, worker
             report(done["skipped"])
         else:
             jobs.append((case, rex, ct_rate, out, split[case.patient], settings))
-    for result in parallel(build_volume, jobs, workers, "volumes"):
-        report(result["skipped"])
-        results.append(result)
+    with closing(parallel(build_volume, jobs, workers, "volumes")) as finished:
+        for result in finished:
+            report(result["skipped"])
+            results.append(result)
     results.sort(key=lambda result: result["volume"])
 
     records = {"train": [], "test": []}
@@ -378,7 +380,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the patient split and of the phantoms")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("data/ct_rate_vqa"), help="dataset folder (default data/ct_rate_vqa)")
-    add("--workers", type=int, default=0, metavar="K", help="processes; 0 is one a core; each may need 1 GB (512 px)")
+    add("--overwrite", action="store_true", help="replace what another run, or other settings, left in --out")
+    add("--workers", type=int, default=0, metavar="K", help="processes; 0 (default) is one a core")
     add("--strict", action="store_true", help="stop at the first bad volume or finding instead of skipping it")
     args = parser.parse_args(argv)
     real = (args.rexgroundingct is not None) + (args.ct_rate is not None)
@@ -418,6 +421,8 @@ def run(args: argparse.Namespace) -> None:
     for folder in (rex, ct_rate):
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
+        if folder.resolve().is_relative_to(args.out.resolve()):
+            raise BadInput(f"{folder}: lies in --out, where files are replaced; choose another --out")
     settings = Settings(
         max_slices=args.max_slices,
         cap=args.cap,
@@ -428,7 +433,7 @@ def run(args: argparse.Namespace) -> None:
         phantoms=phantoms,
         dataset_sha256=hashlib.sha256(read_bytes(rex / "dataset.json")).hexdigest(),
     )
-    info = make_dataset(rex, ct_rate, args.out, settings, args.workers, args.strict)
+    info = make_dataset(rex, ct_rate, args.out, settings, args.workers, args.strict, args.overwrite)
     for part in info["records"]:
         counts = [f"{info[what][part]:,} {what}" for what in ("records", "slices", "volumes", "patients")]
         print(f"{part}: {', '.join(counts)}")
@@ -436,14 +441,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the stage; bad input ends in one line and exit code 1, Ctrl-C in exit code 130."""
-    try:
-        run(parse_arguments(argv))
-    except BadInput as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    """Runs the stage; bad input ends in one line and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
+    run_stage(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import hashlib
 import io
 import json
 import re
-import sys
+from contextlib import closing
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ from support.files import (
     read_records,
     write_atomic,
 )
-from support.pool import parallel
+from support.pool import parallel, run_stage
 from support.zoom import augment, crop_square, patch_side, zoom_patch  # noqa: F401 (drawing, this stage's heart)
 
 SPLITS = ("train", "test")
@@ -66,7 +66,13 @@ def augment_records(records: list[dict], folder: Path, patch: float, margin: flo
 
 
 def augment_dataset(
-    data: Path, out: Path, patch: float = 0.4, margin: float = 0.25, border: float = 0.03, workers: int = 0
+    data: Path,
+    out: Path,
+    patch: float = 0.4,
+    margin: float = 0.25,
+    border: float = 0.03,
+    workers: int = 0,
+    overwrite: bool = False,
 ) -> dict:
     """Makes (or completes) `out`, the augmented twin of 01's folder `data`, and returns its dataset_info.
 
@@ -75,8 +81,8 @@ def augment_dataset(
     info = dataset_info(data)
     if info["stage"] != "01":
         raise BadInput(f"{data}: has been augmented already; --data needs the folder that 01_make_dataset.py wrote")
-    if out.resolve() == data.resolve():
-        raise BadInput(f"{out}: --out must be another folder than --data")
+    if data.resolve().is_relative_to(out.resolve()):
+        raise BadInput(f"{out}: --out must be another folder than --data, and not around it")
     records = {split: read_records(data, split) for split in SPLITS}
     for record in (record for split in SPLITS for record in records[split]):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", record["id"]):
@@ -84,14 +90,15 @@ def augment_dataset(
     files = [data / "dataset_info.json", *(data / split / "metadata.jsonl" for split in SPLITS)]
     source = hashlib.sha256(b"".join(map(read_bytes, files))).hexdigest()
     zoom = {"patch": patch, "margin": margin, "border": border}
-    open_work(out, {**zoom, "source_sha256": source}, "02_zoom_augment.py")
+    open_work(out, {**zoom, "source_sha256": source}, "02_zoom_augment.py", overwrite)
 
     jobs = [
         (records[split][i : i + CHUNK], out / split, patch, margin, border)
         for split in SPLITS
         for i in range(0, len(records[split]), CHUNK)
     ]
-    new = {record["id"]: record for done in parallel(augment_records, jobs, workers, "records") for record in done}
+    with closing(parallel(augment_records, jobs, workers, "records")) as finished:
+        new = {record["id"]: record for done in finished for record in done}
     for split in SPLITS:
         lines = [json.dumps(new[record["id"]]) + "\n" for record in records[split]]
         write_atomic(out / split / "metadata.jsonl", "".join(lines))
@@ -132,6 +139,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no-patch", action="store_true", help='draw the red box only: the "None" arm of Table 3')
     add("--margin", type=float, default=0.25, help="added around the box, a fraction of its longer side (default 0.25)")
     add("--border", type=float, default=0.03, help="green border as a fraction of the patch's side (default 0.03)")
+    add("--overwrite", action="store_true", help="replace what another run, or other settings, left in --out")
     add("--workers", type=int, default=0, metavar="K", help="processes; 0 is one a core (default)")
     args = parser.parse_args(argv)
     if not (0 < args.patch <= 1 and 0 <= args.margin <= 10 and 0 < args.border < 0.5 and args.workers >= 0):
@@ -143,17 +151,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the stage; bad input ends in one line and exit code 1, Ctrl-C in exit code 130."""
-    args = parse_arguments(argv)
-    try:
-        info = augment_dataset(args.data, args.out, args.patch, args.margin, args.border, args.workers)
-    except BadInput as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+def run(args: argparse.Namespace) -> None:
+    zoom = (args.patch, args.margin, args.border)
+    info = augment_dataset(args.data, args.out, *zoom, args.workers, args.overwrite)
     print(f"{args.out}: {info['records']} records; see overview.png; next: 03_sft.py --data {args.out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the stage; bad input ends in one line and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
+    run_stage(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def sft(argv: list[str] | None = None) -> None:
             train.save(args.out, step, model, processor, trained, optimizer, world)
         if stop:
             bar.close()
-            raise train.Interrupted(stop, f"stopped and saved after step {step}; --resume goes on")
+            raise stop(f"stopped and saved after step {step}; --resume goes on")
     bar.close()
 
     # ---- the checkpoint becomes --out itself ----

@@ -402,7 +402,7 @@ def grpo(argv: list[str] | None = None) -> None:
             train.save(args.out, step, model, processor, trained, optimizer, world)
         if stop:
             bar.close()
-            raise train.Interrupted(stop, f"stopped and saved after step {step}; --resume goes on")
+            raise stop(f"stopped and saved after step {step}; --resume goes on")
     bar.close()
 
     train.finish(args.out, world)

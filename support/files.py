@@ -7,6 +7,7 @@ message; every other exception is a bug in our code and keeps its traceback.
 import io
 import json
 import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -18,6 +19,8 @@ REQUIRED = {"file_name": str, "id": str, "label": str, "question": str, "answer"
 OPTIONAL = {"volume": str, "patient": str, "category": str, "text": str, "slice": int, "finding": int}
 OPTIONAL |= {"boxes": list, "patch": int}
 MIN_SIDE, MAX_SIDE = 28, 4096  # px; 28 is one merged Qwen2.5-VL patch, and no CT is wider than 4096
+MADE = (".work", "train", "test", "overview.png", "dataset_info.json")  # by 01 and 02 in their folders
+OTHERWISE = "choose another --out, or --overwrite it"
 
 
 class BadInput(Exception):
@@ -62,19 +65,27 @@ def read_json(path: Path) -> object:
         raise BadInput(f"{path}: cannot be read as JSON: {error}") from error
 
 
-def open_work(out: Path, settings: dict, script: str) -> None:
+def open_work(out: Path, settings: dict, script: str, overwrite: bool = False) -> None:
     """Starts or continues the output folder of `script` (01 or 02), which keeps its settings under `out`/.work.
 
-    Raises BadInput when the folder was made with other settings or by something else.
+    A folder made with other settings or by something else raises BadInput; with `overwrite`, what these scripts write
+    is deleted from it and all else stays.
     """
     path, wanted = out / ".work" / "settings.json", json.loads(json.dumps({"script": script, **settings}))
-    if path.exists():
-        found = read_json(path)
-        if found != wanted:
+    try:
+        found = read_json(path) if path.exists() else None
+        if found == wanted:
+            return
+        if overwrite and out.is_dir():
+            for part in (out / name for name in MADE):
+                shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink(missing_ok=True)
+        elif found is not None:
             differ = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
-            raise BadInput(f"{out}: made with other settings ({', '.join(differ)}); delete it or choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: exists and was not made by {script}; choose another --out")
+            raise BadInput(f"{out}: made with other settings ({', '.join(differ)}); {OTHERWISE}")
+        elif out.exists() and (not out.is_dir() or any(one.name != ".work" for one in out.iterdir())):
+            raise BadInput(f"{out}: exists and was not made by {script}; {OTHERWISE}")
+    except OSError as error:
+        raise BadInput(f"{error.filename or out}: {error.strerror}; choose another --out") from error
     write_atomic(path, json.dumps(wanted, indent=1))
 
 
@@ -138,7 +149,8 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def png_bytes(picture: Image.Image) -> bytes:
-    """`picture` as the content of a PNG file."""
+    """`picture` as the content of a PNG file: the settings take half the default's time and are as small or smaller."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    gray = picture.mode == "L"  # a noisy CT has hardly anything that repeats but runs; a coloured patch has
+    picture.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE if gray else zlib.Z_DEFAULT_STRATEGY)
     return buffer.getvalue()

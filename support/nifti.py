@@ -9,12 +9,13 @@ import gzip
 import logging
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
+from nibabel.orientations import apply_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
@@ -86,3 +87,26 @@ def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
             stream.read(1)  # reaching the end makes gzip compare its checksum
     except _READ_ERRORS as error:
         raise BadInput(f"{nifti.path}: truncated or corrupt: {error}") from error
+
+
+def picture_planes(
+    slabs: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, axis: int | None, transform: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (slice, [row, column, finding]) from the `slabs` of a file of `shape`; `dtype` is that of the slabs.
+
+    `axis` is the file's finding axis (None: it has none) and `transform` turns the others into [slice, row, column].
+    Where a slab is a slice, as in CT-RATE's files, only one is held at a time; otherwise the whole volume is.
+    """
+
+    def turn(block: np.ndarray) -> np.ndarray:  # file axes -> [slice, row, column, finding]
+        return apply_orientation(block[..., None] if axis is None else np.moveaxis(block, axis, -1), transform)
+
+    target, direction = transform[-1]
+    if axis != 3 and target == 0:
+        for i, slab in enumerate(slabs):
+            yield (i if direction > 0 else shape[-1] - 1 - i), turn(slab[..., None])[0]
+        return
+    whole = np.empty(shape, dtype, order="F")
+    for i, slab in enumerate(slabs):
+        whole[..., i] = slab
+    yield from enumerate(turn(whole))

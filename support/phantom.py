@@ -11,13 +11,14 @@ no model can therefore score much above 1 - ATYPICAL on them.
 import json
 import os
 import re
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
+
+from support.pool import parallel
 
 TEXTURES = ("solid", "hazy", "ringed", "holed", "meshed")
 SHAPES = ("round", "patchy", "band")
@@ -62,15 +63,11 @@ def write_phantoms(root: Path, count: int, seed: int, workers: int = 1) -> tuple
         split, prefix = ("val", "valid") if patient % 12 == 0 else ("train", "train")
         name = f"{prefix}_{patient}_{'ab'[scan]}_1.nii.gz"
         folder = ct_rate / "dataset" / f"{prefix}_fixed" / f"{prefix}_{patient}" / name.rsplit("_", 1)[0]
-        jobs.append((split, name, folder / name, rex / "segmentations" / name, (seed, i)))
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            written = pool.map(_write_volume, jobs, chunksize=8)
-            entries = list(tqdm(written, total=count, desc="phantoms", unit="volume"))
-    else:
-        entries = [_write_volume(job) for job in tqdm(jobs, desc="phantoms", unit="volume")]
-    for (split, *_), entry in zip(jobs, entries, strict=True):
-        index[split].append(entry)
+        jobs.append((split, name, folder / name, rex / "segmentations" / name, seed, i))
+    with closing(parallel(_write_volume, jobs, workers, "phantoms")) as written:
+        entries = {entry["name"]: entry for entry in written}
+    for split, name, *_ in jobs:
+        index[split].append(entries[name])
     # The real set's test part has findings but no masks.
     index["test"].append({"name": "valid_99999_a_1.nii.gz", "findings": {"0": "Held out."}})
     _replace(rex / "dataset.json", lambda path: path.write_text(json.dumps(index, indent=1)))
@@ -80,13 +77,12 @@ def write_phantoms(root: Path, count: int, seed: int, workers: int = 1) -> tuple
 def _replace(path: Path, write) -> None:
     """Lets `write(temporary)` make the file, then renames it to `path`: a file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # ends in the real suffix, which nibabel reads
+    temporary = path.with_name(f".new.{path.name}")  # ends in the real suffix, which nibabel reads
     write(temporary)
     os.replace(temporary, path)
 
 
-def _write_volume(job) -> dict:
-    _, name, ct_path, mask_path, (seed, i) = job
+def _write_volume(_: str, name: str, ct_path: Path, mask_path: Path, seed: int, i: int) -> dict:
     entry_path = mask_path.with_name(name.replace(".nii.gz", ".json"))
     if entry_path.exists() and ct_path.exists() and mask_path.exists():
         return json.loads(entry_path.read_text())

@@ -6,7 +6,6 @@ global counts beforehand, so a gradient does not depend on the number of ranks o
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import math
@@ -33,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import vlm
 from support.files import BadInput, dataset_info, open_picture, read_bytes, read_json, read_records, write_atomic
+from support.pool import Terminated, run_stage
 
 
 @dataclass(frozen=True)
@@ -101,70 +101,43 @@ def start(seed: int) -> World:
     return World(rank, size, device)
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; like KeyboardInterrupt no Exception, so that nothing catches it by accident."""
-
-    def __init__(self, number: int, told: str = "interrupted; the same command with --resume goes on"):
-        super().__init__(told)
-        self.number = number
-
-
-def _interrupt(number: int, frame) -> None:
-    raise Interrupted(number)
-
-
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
-
-
 def run(stage: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
-    """Calls a stage. The user's mistakes, a disk that takes no more and a GPU without memory end in one line and exit
-    code 1, Ctrl-C in 130 and SIGTERM in 143; bugs keep their traceback."""
-    main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-    handlers = {number: signal.signal(number, _interrupt) for number in numbers}
-    try:
-        stage(argv)
-    except BadInput as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        sys.exit(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}; free space or choose another --out")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the GPU's memory is used up; lower --micro-batch, --batch-size or --max-new-tokens, or add "
-                 f"--gradient-checkpointing or --shard ({str(error).splitlines()[0]})")  # fmt: skip
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.number)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    """Calls a stage within `run_stage`; a GPU without memory, too, ends in one line and exit code 1."""
+
+    def work() -> None:
+        try:
+            stage(argv)
+        except torch.OutOfMemoryError as error:
+            raise BadInput("the GPU's memory is used up; lower --micro-batch, --batch-size or --max-new-tokens, or use "
+                           f"--gradient-checkpointing or --shard: {str(error).splitlines()[0]}") from error  # fmt: skip
+        finally:
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
+
+    run_stage(work)
 
 
 def defer_signals(world: World) -> list[int]:
     """From now on Ctrl-C and SIGTERM do not break a step in two: their numbers appear in the returned list.
 
-    A second Ctrl-C ends a single process at once; torchrun itself repeats a signal, and kills after half a minute.
+    A second one ends a single process at once; torchrun itself repeats a signal, and kills after half a minute.
     """
-    came = []
+    came, before = [], {}
 
     def note(number: int, frame) -> None:
         came.append(number)
         if world.size == 1:
-            signal.signal(number, _interrupt)
+            signal.signal(number, before[number])
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
+    if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
     return came
 
 
-def asked_to_stop(came: list[int], world: World) -> int:
-    """The signal that any rank has received since `defer_signals`, the same answer on all of them; 0 for none."""
+def asked_to_stop(came: list[int], world: World) -> type[KeyboardInterrupt] | None:
+    """What to raise when any rank has received a signal since `defer_signals`; the same answer on all ranks."""
     interrupts, terminations = world.sum(signal.SIGINT in came, signal.SIGTERM in came)
-    return int(signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0)
+    return Terminated if terminations else KeyboardInterrupt if interrupts else None
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, demo: dict) -> argparse.Namespace:

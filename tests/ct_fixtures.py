@@ -6,12 +6,16 @@ left. The NIfTI bytes and the orientations are put together here by hand, indepe
 
 import gzip
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
 
 DEPTH, HEIGHT, WIDTH = 12, 48, 40
+ROOT = Path(__file__).resolve().parents[1]
 # letter -> (picture axis, is it reversed?, world axis in RAS+ mm, direction along it)
 AXES = {
     "L": (2, False, 0, -1),
@@ -132,3 +136,70 @@ def read_lines(folder: Path, split: str) -> list[dict]:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file under `folder` with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+STOPPED = """
+import importlib, os, signal, sys, threading
+script, what, count, number, *argv = sys.argv[1:]
+stage, count = importlib.import_module(script), int(count)
+write, parallel = stage.write_atomic, stage.parallel
+stage.CHUNK, stage.draw_overview = 2, lambda *_: b"figure"
+
+def stop():  # SIGKILL hits this process alone, the others its workers too, as from a terminal
+    os.kill(os.getpid() if int(number) == signal.SIGKILL else 0, int(number))
+
+def torn_write(path, data):
+    global count
+    count -= 1
+    if count < 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(path.name + ".tmp").write_bytes(b"half a")
+        stop()
+    write(path, data)
+
+def broken_off(function, jobs, *more):
+    if what == "start":  # a moment later, while the workers are importing
+        threading.Timer(0.2, stop).start()
+    for i, result in enumerate(parallel(function, jobs[:count + 2], *more)):  # the rest stays undone
+        if i == count and what == "result":
+            stop()
+        yield result
+
+if what == "write":
+    stage.write_atomic = torn_write
+else:
+    stage.parallel = broken_off
+stage.main(argv)
+"""
+
+
+def stopped(script: str, what: str, count: int, number: int, argv: list[str]) -> None:
+    """Runs a stage in a process that gets signal `number` after `count` writes (the next is torn) or results of jobs.
+
+    Checks how it ends: the exit code, one line, no traceback, and that no process is left: while a worker lives it
+    holds the pipes open, and `run` would not return.
+    """
+    command = [sys.executable, "-c", STOPPED, script, what, str(count), str(int(number)), *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, start_new_session=True)
+    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+    assert done.returncode == expected[number], done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    if number != signal.SIGKILL:
+        assert done.stderr.splitlines()[-1] == "interrupted; the same command goes on from here"
+
+
+STOPS = {  # workers -> the moments at which a folder's making is stopped, one after the other
+    "1": [
+        ("write", 0, signal.SIGKILL),  # the settings
+        ("write", 2, signal.SIGTERM),
+        ("write", 9, signal.SIGINT),
+        ("write", 8, signal.SIGKILL),
+        ("result", 1, signal.SIGTERM),
+    ],
+    "2": [
+        ("start", 0, signal.SIGINT),
+        ("result", 0, signal.SIGKILL),
+        ("result", 1, signal.SIGTERM),
+        ("result", 1, signal.SIGINT),
+    ],
+}

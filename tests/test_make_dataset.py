@@ -1,12 +1,15 @@
 """Stage 01: geometry, boxes, slices, split, folder, restart and bad input, on hand-made NIfTI files."""
 
+import errno
 import gzip
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rewards import CLASSES, QUESTION, predicted_class
-from support.files import BadInput, read_records
+from support.files import BadInput, read_records, write_atomic
 from support.pool import parallel
 from support.rexgroundingct import Case, check_entry, finding_axis
 from tests import ct_fixtures as ct
@@ -171,7 +174,7 @@ def test_the_papers_1300_pixels_are_exact_and_scale_with_the_image(side, at_limi
     lesions = np.zeros((2, side, side, 1), bool)  # 1300 * (768 / 512)**2 = 2925 = 45 * 65
     lesions[0, : at_limit[0], : at_limit[1]] = True
     lesions[1, : above[0], : above[1]] = True
-    (boxes,), _ = stage.boxes_by_slice(lesions, 1300 / 512**2)
+    (boxes,), _ = stage.boxes_by_slice(enumerate(lesions), 1, 1300 / 512**2)
     assert boxes == {1: [[0, 0, above[1], above[0]]]}
 
 
@@ -307,8 +310,12 @@ def finished(many, tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_two_workers_write_the_same_bytes(many, finished, tmp_path):
-    stage.main([*many[1], "--out", str(tmp_path / "out"), "--workers", "2"])
-    assert ct.tree(tmp_path / "out") == finished
+    handles = []
+    for name in ("one", "two"):
+        stage.main([*many[1], "--out", str(tmp_path / name), "--workers", "2"])
+        assert ct.tree(tmp_path / name) == finished
+        handles.append(len(os.listdir("/dev/fd")))
+    assert handles[0] == handles[1] and not multiprocessing.active_children()  # nothing leaks
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2, 7, 30, 56, 57, 59])
@@ -334,6 +341,63 @@ def test_interrupted_anywhere_and_started_again(many, finished, tmp_path, monkey
     assert ct.tree(out) == finished
     assert len(before) == min(writes // 4, 14)  # 3 pictures and a record file a volume
     assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing was done twice
+
+
+@pytest.mark.parametrize("workers", ct.STOPS)
+def test_stopped_again_and_again_by_signals(many, finished, tmp_path, workers):
+    out, done = tmp_path / "out", {}
+    flags = [*many[1], "--out", str(out), "--workers", workers]
+    for stop in ct.STOPS[workers]:
+        ct.stopped("01_make_dataset", *stop, flags)
+        assert not (out / "dataset_info.json").exists()  # it was stopped before its end
+        assert done == {path: path.stat().st_mtime_ns for path in done}  # nothing was done twice
+        done = {path: path.stat().st_mtime_ns for path in (out / ".work").glob("*_*.json")}
+    assert 0 < len(done) < 14
+    stage.main(flags)
+    assert ct.tree(out) == finished
+    assert done == {path: path.stat().st_mtime_ns for path in done}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_disk_that_takes_no_more_is_one_line_and_can_be_mended(many, finished, tmp_path, monkeypatch, number):
+    real, left = Path.write_bytes, 9
+
+    def write_bytes(path, data):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            real(path, data[:5])
+            raise OSError(number, os.strerror(number))
+        return real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(SystemExit) as stop:
+            build(many[1], tmp_path / "out")
+    message = str(stop.value.code)
+    assert message.startswith(f"error: {tmp_path / 'out'}") and message.endswith(os.strerror(number))
+    build(many[1], tmp_path / "out")
+    assert ct.tree(tmp_path / "out") == finished
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_file_that_may_not_grow_is_one_line(many, tmp_path, workers):
+    # The system's own refusal, in a worker process too: no file may be longer than 1000 bytes, pictures have 2000.
+    command = [sys.executable, "01_make_dataset.py", *many[1], "--out", str(tmp_path / "out"), "--workers", workers]
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", *command]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("cannot be written: File too large")
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(many, tmp_path, monkeypatch):
+    def mkdir(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(SystemExit, match="cannot be written: Read-only file system"):
+        build(many[1], tmp_path / "out")
 
 
 def test_a_finished_folder_is_not_redone(many, finished, tmp_path, monkeypatch):
@@ -366,6 +430,24 @@ def test_other_settings_or_a_strange_folder_are_refused(many, tmp_path):
     with pytest.raises(SystemExit, match="not made by"):
         build(many[1], tmp_path / "mine")
     assert ct.tree(tmp_path / "mine") == {"thesis.txt": b"keep"}
+    (tmp_path / "file").write_text("no folder")
+    for flags in ((), ("--overwrite",)):
+        with pytest.raises(SystemExit, match="error: .*file"):
+            build(many[1], tmp_path / "file", *flags)
+        with pytest.raises(SystemExit, match="lies in --out"):
+            build(many[1], many[0], *flags)
+
+
+def test_overwrite_replaces_what_the_scripts_write_and_nothing_else(many, finished, tmp_path):
+    out = tmp_path / "out"
+    build(many[1], out, "--max-slices", "1", "--window", "0", "100")
+    (out / "thesis.txt").write_text("keep")
+    (out / "train" / "old.txt").write_text("another run's")
+    build(many[1], out, "--overwrite")
+    assert ct.tree(out) == {**finished, "thesis.txt": b"keep"}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    build(many[1], out, "--overwrite")  # the same settings: it goes on, and so does an interrupted run
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "overview.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -583,6 +665,14 @@ def test_an_internal_bug_still_raises(tmp_path, monkeypatch, error):
     monkeypatch.setattr(stage, "find_boxes", bug)
     with pytest.raises(error, match="a bug of ours"):
         build(ct.write_index(tmp_path, [ct.add_case(tmp_path)]), tmp_path / "out")
+
+
+def test_an_error_of_the_caller_cancels_the_jobs_that_have_not_begun(tmp_path):
+    jobs = [(tmp_path / f"{i}", "x") for i in range(2000)]
+    with pytest.raises(KeyError), closing(parallel(write_atomic, jobs, 2, "test")) as results:
+        for _ in results:
+            raise KeyError
+    assert 0 < len(list(tmp_path.iterdir())) < 2000 and not multiprocessing.active_children()
 
 
 def test_a_killed_worker_is_one_line():

@@ -225,6 +225,44 @@ def test_two_workers_an_interruption_and_a_second_run_change_no_byte(data, tmp_p
         assert images == {path: path.stat().st_mtime_ns for path in images}
 
 
+@pytest.mark.parametrize("workers", ct.STOPS)
+def test_stopped_again_and_again_by_signals(data, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(stage, "draw_overview", lambda *_: b"figure")
+    whole = ct.tree(augmented(data, tmp_path / "whole"))
+    out, done = tmp_path / "out", {}
+    flags = ["--data", str(data), "--out", str(out), "--workers", workers]
+    for stop in ct.STOPS[workers]:
+        ct.stopped("02_zoom_augment", *stop, flags)
+        assert not (out / "dataset_info.json").exists()  # it was stopped before its end
+        assert done == {path: path.stat().st_mtime_ns for path in done}  # nothing was done twice
+        done = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert 0 < len(done) <= 18
+    stage.main(flags)
+    assert ct.tree(out) == whole
+    assert done == {path: path.stat().st_mtime_ns for path in done}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_one_line(data, tmp_path, workers):
+    # The system's own refusal: no file may be longer than 1 KiB, pictures have more.
+    out = tmp_path / "out"
+    command = [sys.executable, "02_zoom_augment.py", "--data", str(data), "--out", str(out), "--workers", workers]
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", *command]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("cannot be written: File too large")
+    assert not list(out.rglob("*.png"))
+
+
+def test_overwrite_replaces_what_the_scripts_write_and_nothing_else(data, tmp_path):
+    whole, out = ct.tree(augmented(data, tmp_path / "whole")), augmented(data, tmp_path / "out", "--no-patch")
+    (out / "thesis.txt").write_text("keep")
+    assert ct.tree(augmented(data, out, "--overwrite")) == {**whole, "thesis.txt": b"keep"}
+    for around in (data, data.parent):
+        with pytest.raises(SystemExit, match="not around it"):
+            augmented(data, around, "--overwrite")
+
+
 def test_other_settings_other_data_and_strange_folders_are_refused(data, tmp_path):
     out = augmented(data, tmp_path / "out")
     for flags, words in [(("--margin", "0.5"), "margin"), (("--no-patch",), "patch"), (("--border", "0.1"), "border")]:
