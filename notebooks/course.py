@@ -39,7 +39,7 @@ COMMANDS = {
     "sft": ("03_sft", f"--data {WORK}/zoom --model {BASE}"),
     "sft_full": ("03_sft", f"--data {WORK}/zoom --model {BASE} --train full"),
     "sft_plain": ("03_sft", f"--data {WORK}/plain --model {BASE}"),
-    "grpo": ("04_grpo", f"--data {WORK}/zoom --model {WORK}/sft --steps 60"),
+    "grpo": ("04_grpo", f"--data {WORK}/zoom --model {WORK}/sft"),
     "eval": ("05_eval", f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo --overwrite"),
 }
 LAST_FILE = ("dataset_info.json", "config.json", "table.md")  # what a stage writes when it is done
