@@ -103,9 +103,8 @@ def sft(argv: list[str] | None = None) -> None:
     world = train.start(args.seed)
     records = train.load_split(args.data, "train")
     train.check_batch("--batch-size", args.batch_size, world, args.shard)
-    steps = args.max_steps or math.ceil(args.epochs * len(records) / args.batch_size)
-
     train.open_run(args, world)
+    steps = args.max_steps or math.ceil(args.epochs * len(records) / args.batch_size)
 
     # ---- model: everything frozen but the chosen MLPs ----
     model, processor = train.load_model(args.model, world, args.shard), vlm.load_processor(args.model)

@@ -318,7 +318,6 @@ def grpo(argv: list[str] | None = None) -> None:
     world = train.start(args.seed)
     train.check_batch("--prompts-per-step", args.prompts_per_step, world, args.shard)
     records = train.load_split(args.data, "train")
-
     train.open_run(args, world)
 
     # ---- policy, frozen reference, optimiser ----

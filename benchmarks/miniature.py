@@ -160,9 +160,12 @@ def mean(items: dict) -> float:
     return 100 * float(np.mean([value for value, *_ in items.values()])) if items else float("nan")
 
 
-def difference(first: dict, second: dict) -> dict:
-    """Mean of the items' differences and its 95 % bootstrap interval over patients, percentage points."""
+def difference(first: dict, second: dict) -> dict | None:
+    """Mean of the items' differences and its 95 % bootstrap interval over patients, percentage points; None where no
+    item has a value in both."""
     both = [key for key in first if key in second]
+    if not both:
+        return None
     found = bootstrap(np.array([100 * (first[k][0] - second[k][0]) for k in both]), [first[k][1] for k in both])
     return {"mean": found["mean"], "interval": found["interval_95"]}
 
@@ -243,8 +246,8 @@ def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
         pairs = [difference(one[first[1]], other[second[1]])
                  for one, other in zip(items[first[0]], items[second[0]], strict=True)
                  ] if len(items[first[0]]) == len(items[second[0]]) == len(seeds) else []  # fmt: skip
-        if not pairs:
-            rows.append([name, told, "a run failed", "", "not resolved"])
+        if not pairs or None in pairs:
+            rows.append([name, told, "no items in common" if pairs else "a run failed", "", "not resolved"])
             continue
         middle, low, high = over_seeds(pairs)
         each = ", ".join(f"{pair['mean']:+.1f}" for pair in pairs)

@@ -4,20 +4,28 @@
 message; every other exception is a bug in our code and keeps its traceback.
 """
 
+import errno
 import io
 import json
 import os
 import shutil
+import stat
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 from PIL import Image
+from safetensors import SafetensorError
 
 from rewards import CLASSES
 
 REQUIRED = {"file_name": str, "id": str, "label": str, "question": str, "answer": str, "box": list}
 OPTIONAL = {"volume": str, "patient": str, "category": str, "text": str, "slice": int, "finding": int}
 OPTIONAL |= {"boxes": list, "patch": int}
+# Of dataset_info.json; a folder for 03 to 05 that 02 did not make needs none of them.
+INFO = {"phantoms": bool, "settings": dict, "records": dict, "classes": dict, "skipped": list}
 MIN_SIDE, MAX_SIDE = 28, 4096  # px; 28 is one merged Qwen2.5-VL patch, and no CT is wider than 4096
 MADE = (".work", "train", "test", "overview.png", "dataset_info.json")  # by 01 and 02 in their folders
 OTHERWISE = "choose another --out, or --overwrite it"
@@ -27,6 +35,32 @@ class BadInput(Exception):
     """A file, a record or a flag that cannot be used; the message is one line: which one, what is wrong, the remedy."""
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, a full disk or a folder that must not be written ends in BadInput naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise BadInput(f"{path}: cannot be written: {error}") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save's writer
+            raise
+        raise BadInput(f"{path}: cannot be written: the disk is full") from error
+
+
+def writes(function: Callable) -> Callable:
+    """Decorates a function that writes to the path that is its first argument: all of it lies within `writing`."""
+
+    @wraps(function)
+    def wrapped(path: Path, *args, **kwargs):
+        with writing(path):
+            return function(path, *args, **kwargs)
+
+    return wrapped
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` under a temporary name, then rename: `path` is never half-written. Makes its folder when needed.
 
@@ -34,12 +68,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises BadInput when the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -52,9 +84,16 @@ def inside(folder: Path, name: str) -> Path:
 def read_bytes(path: Path) -> bytes:
     """The content of `path`. Raises BadInput when it is missing or cannot be read."""
     try:
+        check_regular(path)
         return path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError unless `path` is a file proper: a pipe would be waited for, a device may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_json(path: Path) -> object:
@@ -94,6 +133,9 @@ def dataset_info(folder: Path) -> dict:
     info = read_json(Path(folder) / "dataset_info.json")
     if not isinstance(info, dict) or info.get("stage") not in ("01", "02"):
         raise BadInput(f"{folder}/dataset_info.json: no stage 01 or 02 in it; make the folder with 01_make_dataset.py")
+    for field, kind in INFO.items():
+        if (field in info or info["stage"] == "01") and type(info.get(field)) is not kind:
+            raise BadInput(f"{folder}/dataset_info.json: field {field!r} must be of type {kind.__name__}")
     return info
 
 
@@ -142,6 +184,8 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             if not all(MIN_SIDE <= side <= MAX_SIDE for side in picture.size):
                 raise BadInput(f"{path}: {picture.size} px; each side must be {MIN_SIDE} to {MAX_SIDE} px")
+            picture.verify()  # the file's own checksums, which decoding does not look at; afterwards it is used up
+        with Image.open(path) as picture:
             picture.load()
             return picture
     except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:

@@ -19,7 +19,7 @@ from nibabel.orientations import apply_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from support.files import BadInput
+from support.files import BadInput, check_regular
 
 _SILENT = logging.Logger("nifti", logging.CRITICAL)  # nibabel would report every header field that it repairs
 _DEFLATE = 1032  # the largest factor by which gzip can shrink data: a header that asks for more is lying
@@ -42,6 +42,7 @@ class Nifti:
 def read_header(path: Path) -> Nifti:
     """The header of a .nii.gz file. Raises BadInput when it is missing or corrupt, or cannot be true of this file."""
     try:
+        check_regular(path)
         with gzip.open(path) as stream:
             header = Nifti1Header(stream.read(348), check=False)
         if header["sizeof_hdr"] != 348:
@@ -69,7 +70,7 @@ def read_header(path: Path) -> Nifti:
 def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
     """Yields the stored numbers slab by slab along the last axis, each of shape `nifti.shape[:-1]`, read-only.
 
-    Raises BadInput when the file is truncated, fails its checksum, or holds NaN or infinity.
+    Raises BadInput when the file is shorter or longer than its header says, fails its checksum, or holds NaN or inf.
     """
     shape = nifti.shape[:-1]
     size = math.prod(shape) * nifti.dtype.itemsize
@@ -84,7 +85,8 @@ def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
                 if nifti.dtype.kind == "f" and not np.isfinite(slab).all():
                     raise BadInput(f"{nifti.path}: non-finite values (NaN or infinity)")
                 yield slab
-            stream.read(1)  # reaching the end makes gzip compare its checksum
+            if stream.read(1):  # reaching the end makes gzip compare its checksum
+                raise BadInput(f"{nifti.path}: corrupt: more voxels than the header says")
     except _READ_ERRORS as error:
         raise BadInput(f"{nifti.path}: truncated or corrupt: {error}") from error
 

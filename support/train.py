@@ -30,8 +30,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rewards import CLASSES
 from support import vlm
-from support.files import BadInput, dataset_info, open_picture, read_bytes, read_json, read_records, write_atomic
+from support.files import (
+    BadInput,
+    dataset_info,
+    open_picture,
+    read_bytes,
+    read_json,
+    read_records,
+    write_atomic,
+    writes,
+    writing,
+)
 from support.pool import Terminated, run_stage
 
 
@@ -165,6 +176,9 @@ def load_split(folder: Path, split: str) -> list[dict]:
     records = read_records(folder, split)
     if not records:
         raise BadInput(f"{folder}/{split}/metadata.jsonl: holds no records")
+    absent = sorted(set(CLASSES) - {record["label"] for record in records})
+    if absent and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {folder}/{split} has no record of: {', '.join(absent)}", flush=True)
     return records
 
 
@@ -303,6 +317,7 @@ def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 # ---- checkpoints: <out>/checkpoint-000050/ is a complete Hugging Face folder plus state.pt for --resume ----
 
 
+@writes
 def save(out: Path, step: int, model, processor, trained: dict, optimizer, world: World, keep: int = 2) -> None:
     """Writes checkpoint `step` under a temporary name and renames it; older ones but the last `keep` go."""
     weights = {name: whole(tensor, world) for name, tensor in model.state_dict().items()}
@@ -409,6 +424,7 @@ def set_random_state(states: list[torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states[1])
 
 
+@writes
 def finish(out: Path, world: World) -> None:
     """Makes `out` itself the last checkpoint's Hugging Face folder, so that the next script takes it by name."""
     if not world.main:
@@ -430,13 +446,12 @@ class Log:
     def __init__(self, path: Path, steps_done: int, world: World):
         self.path, self.world = path, world
         if world.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read_log(path) if row["step"] <= steps_done] if steps_done else []
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, *rows: dict) -> None:
         if self.world.main:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
@@ -451,6 +466,7 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
+@writes
 def plot_curves(out: Path, keys: list[str], smooth: int = 5) -> None:
     """Draws <out>/curves.png from <out>/metrics.jsonl: one panel a key, each step pale, the running mean dark."""
     from matplotlib.figure import Figure

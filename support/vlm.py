@@ -7,15 +7,20 @@ halves, the tokenizer and the image processor, and expand the image placeholder 
 import copy
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from jinja2 import TemplateError
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
-from support.files import BadInput
+from support.files import BadInput, read_json
 
 transformers_logging.disable_progress_bar()
 
@@ -25,6 +30,18 @@ FAMILIES = ("qwen2_5_vl", "qwen2_vl")  # whose model_type is read by `load_proce
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= dict.fromkeys(("temperature", "top_k", "top_p"))
 DEMO_MARKER = "medreason_demo"  # key in config.json that support/tiny_vlm.py writes; see `is_demo`
+
+# A checkpoint folder holds one file of each line; these and the other JSON files that are read must hold objects.
+PARTS = (
+    ("config.json",),
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("tokenizer.json", "vocab.json", "tokenizer.model"),
+    ("preprocessor_config.json", "processor_config.json"),
+)
+OTHERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
+# What the libraries raise over a damaged folder. Caught around their calls only, so that no bug of ours hides in them.
+BROKEN = (ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+          MemoryError, SafetensorError, StrictDataclassError, TemplateError)  # fmt: skip
 
 # What `--train` can name: patterns that must match a parameter's whole name. An unanchored "mlp" would be wrong: it
 # also occurs in the vision blocks and the merger. A tied lm_head is listed under embed_tokens, so "llm" covers it.
@@ -52,7 +69,10 @@ class Processor:
 
 
 def load_config(name: str):
-    """The configuration of a checkpoint folder or hub id. Raises BadInput with a remedy when it cannot be had."""
+    """The configuration of a checkpoint folder or hub id. Raises BadInput with a remedy when it cannot be had, or the
+    folder is not complete."""
+    if Path(name).is_dir():
+        _check_folder(Path(name))
     return pretrained(AutoConfig, name)
 
 
@@ -62,15 +82,31 @@ def is_demo(name: str) -> bool:
 
 
 def load_processor(name: str) -> Processor:
-    """Tokenizer and image processor of a folder or hub id. Raises BadInput when a needed token is missing."""
-    processor = Processor(pretrained(AutoTokenizer, name), pretrained(AutoImageProcessor, name))
-    tokens = processor.tokenizer.get_vocab()
+    """Tokenizer and image processor of a folder or hub id, tried on a blank picture. Raises BadInput when they cannot
+    be had, lack a needed token, or belong to another model."""
+    config, tokenizer = load_config(name), pretrained(AutoTokenizer, name)
+    images = pretrained(AutoImageProcessor, name)
+    tokens = tokenizer.get_vocab()
     for token in (IMAGE_PAD, "<|vision_start|>", "<|im_start|>", "<|im_end|>"):
         if token not in tokens:
             raise BadInput(f"{name}: the tokenizer has no {token} token; a Qwen2.5-VL checkpoint is needed")
-    if processor.tokenizer.chat_template is None:
+    if tokens[IMAGE_PAD] != config.image_token_id or max(tokens.values()) >= config.get_text_config().vocab_size:
+        raise BadInput(f"{name}: the tokenizer's ids are not those of config.json; fetch the tokenizer files again")
+    eye, own = config.vision_config, (images.patch_size, images.merge_size, images.temporal_patch_size)
+    if own != (eye.patch_size, eye.spatial_merge_size, eye.temporal_patch_size):
+        raise BadInput(f"{name}: preprocessor_config.json cuts other patches than config.json says; fetch both again")
+    if tokenizer.chat_template is None:
         raise BadInput(f"{name}: no chat template; copy the base model's chat_template.jinja into the folder")
-    return processor
+    try:
+        images(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+        tokenizer(chat)
+    except BROKEN as error:
+        reason = _one_line(error)
+        raise BadInput(f"{name}: chat template, tokenizer or preprocessor_config.json is broken: {reason}") from error
+    if chat.count(IMAGE_PAD) != 1:
+        raise BadInput(f"{name}: the chat template does not place a picture; copy the base model's into the folder")
+    return Processor(tokenizer, images)
 
 
 def any_processor(name: str):
@@ -104,6 +140,9 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None
     if report["missing_keys"] or report["mismatched_keys"]:
         broken = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise BadInput(f"{name}: weights missing or of another shape ({', '.join(broken[:3])}); fetch the folder again")
+    stops, words = _eos(model), model.get_input_embeddings().num_embeddings
+    if not all(type(i) is int and 0 <= i < words for i in stops):
+        raise BadInput(f"{name}/generation_config.json: eos_token_id {stops!r:.80} must name tokens below {words:,}")
     return model.to(device).eval()
 
 
@@ -114,12 +153,51 @@ def pretrained(kind, name: str, **kwargs):
     looks_local = str(name).count("/") != 1 or str(name).startswith((".", "/", "runs/", "assets/", "data/"))
     if not local and (Path(name).exists() or looks_local):
         raise BadInput(f"{name}: no such checkpoint folder; run the stage before, or give a folder or hub id (--model)")
+    if local:
+        remedy = "is the folder complete?"
+    elif _hub_answers():
+        remedy = "not a folder; as a hub id: check its spelling, and log in with `hf auth login` if it is gated"
+    else:
+        remedy = (f"not a folder, and the hub does not answer: check the network, or `hf download {name}` where there "
+                  "is one and give that folder to --model; HF_HUB_OFFLINE=1 uses the cache at once")  # fmt: skip
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        remedy = "is it complete?" if local else "no such folder; a hub id? then: network, spelling, access"
-        raise BadInput(f"{name}: cannot be loaded as a checkpoint ({remedy}): {reason}") from error
+    except BROKEN as error:
+        place = f"{name}/*.safetensors" if isinstance(error, SafetensorError) else name
+        raise BadInput(f"{place}: cannot be loaded as a checkpoint ({remedy}): {_one_line(error)}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers' Rust half raises the bare class
+            raise
+        raise BadInput(f"{name}: its tokenizer.json is broken: {_one_line(error)}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises BadInput for a checkpoint folder that lacks a file, or whose JSON files do not hold objects."""
+    for names in PARTS:
+        if not any((folder / name).is_file() for name in names):
+            pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
+            hint = f"; {pickled[0]} may be a pickle and is not read: convert it to safetensors" if pickled else ""
+            raise BadInput(f"{folder}: is no complete checkpoint folder: {names[0]} is missing{hint}")
+    for name in [*(name for names in PARTS for name in names), *OTHERS]:
+        path = folder / name
+        if name.endswith(".json") and path.exists() and not isinstance(read_json(path), dict):
+            raise BadInput(f"{path}: must hold a JSON object")
+
+
+@lru_cache
+def _hub_answers() -> bool:
+    """Asks the hub once, for 5 s. Unanswered, only its cache is used from here on: the library would otherwise try six
+    times for each file."""
+    if not constants.is_offline_mode():
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+        except HTTPError:
+            constants.HF_HUB_OFFLINE = True
+    return not constants.is_offline_mode()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def stored_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -171,10 +249,14 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 def stop_ids(model: torch.nn.Module, processor: Processor) -> list[int]:
     """Every token id that ends a completion: those of generation_config and the chat's own end of turn."""
+    return sorted({processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), *_eos(model)})
+
+
+def _eos(model: torch.nn.Module) -> list[int]:
+    """What generation_config names as the end of a text: nothing, one id or several."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, (list, tuple)) else [configured]
-    turn_end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    return sorted({turn_end, *(i for i in configured if i is not None)})
+    return [i for i in configured if i is not None]
 
 
 def encode(processor: Processor, images: list[Image.Image], prompts: list[str], answers: list[str] | None = None):

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 import rewards
-from support import train, vlm
+from support import tiny_vlm, train, vlm
 
 grpo = importlib.import_module("04_grpo")
 
@@ -232,3 +233,18 @@ def test_reference_shares_frozen_tensors_and_stays(model):
     for name, parameter in model.named_parameters():
         assert (reference[name].data_ptr() == parameter.data_ptr()) == (name not in trained), name
         assert not reference[name].requires_grad
+
+
+def test_the_loop_runs_a_frozen_tower_once_a_step(data, tmp_path, monkeypatch):
+    """Rollout, reference and both inner epochs' passes over both micro-batches share what the rollout computed."""
+    calls, forward = [], Qwen2_5_VisionTransformerPretrainedModel.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen2_5_VisionTransformerPretrainedModel, "forward", counted)
+    grpo.main(["--data", str(data), "--model", str(tiny_vlm.DEFAULT), "--out", str(tmp_path), "--steps", "2",
+               "--prompts-per-step", "4", "--micro-batch", "2", "--inner-epochs", "2",
+               "--max-new-tokens", "4"])  # fmt: skip
+    assert len(calls) == 2
