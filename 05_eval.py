@@ -126,7 +126,8 @@ def judged(rows: list[dict], args, world: train.World) -> None:
         verdicts = [judge.keyword_judge(text) for text in texts]
     else:
         load = functools.cache(lambda: judge.language_judge(args.judge, world.device))
-        place = args.out / ".work" / f"judge-{world.gather([checkpoint_digest(args.judge)] if world.main else [])[0]}"
+        who = digest([checkpoint_digest(args.judge), judge.PROMPT, judge.REPLY_TOKENS]) if world.main else ""
+        place = args.out / ".work" / f"judge-{world.gather([who])[0]}"
         verdicts = cached(place, texts, args.batch_size, lambda batch: load()(batch), world, "judge")
     by_text = dict(zip(texts, verdicts, strict=True))
     for row in rows:
@@ -137,8 +138,8 @@ def general_sets(args, records: list[dict]) -> dict[str, list[dict]]:
     """The general-skill questions by set, each with its whole prompt."""
     sets = {"skill": [{**q, "prompt": q["question"]} for q in tiny_vlm.questions(records)] if args.skill else []}
     for key in ("chartqa", "textvqa"):
-        found = [q for path in getattr(args, key) for q in vqa_metrics.read_questions(path, ten=key == "textvqa")]
-        sets[key] = [{**q, "prompt": f"{q['question']}\n{vqa_metrics.SHORT}"} for q in found[: args.limit]]
+        files = [vqa_metrics.read_questions(path, ten=key == "textvqa")[: args.limit] for path in getattr(args, key)]
+        sets[key] = [{**q, "prompt": f"{q['question']}\n{vqa_metrics.SHORT}"} for questions in files for q in questions]
     return {key: questions for key, questions in sets.items() if questions}
 
 
@@ -230,7 +231,8 @@ def measure(args, rows: list[dict], general: list[dict]) -> dict:
                  for key in dict.fromkeys(row["set"] for row in general)}  # fmt: skip
         models[short[name]] = {"path": name, "parameters": vlm.count_parameters(name), "modes": modes, "general": parts,
                                "weighted_average": weighted(parts)}  # fmt: skip
-    kinds, counts = np.unique([r["label"] for r in rows[: next(iter(modes.values()))["n"]]], return_counts=True)
+    items = len(rows) // (len(args.model) * len(MODES[args.think]))  # every model and mode answers the same ones
+    kinds, counts = np.unique([row["label"] for row in rows[:items]], return_counts=True)
     n, most = int(counts.sum()), int(counts.argmax())
     return {"n": n, "commonest_class": {"name": str(kinds[most]), "share": counts[most] / n}, "judge": args.judge,
             "models": models, "paired": paired(rows, general, short, MODES[args.think])}  # fmt: skip
@@ -263,7 +265,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", nargs="+", default=[str(tiny_vlm.DEFAULT), "runs/sft", "runs/grpo"],
         help="folders or hub ids (default: the tiny base, runs/sft and runs/grpo)")  # fmt: skip
     add("--think", choices=MODES, default="both", help="prompt: think (yes), direct (no) or both (%(default)s)")
-    add("--limit", type=int, help="only the first so many questions of each set")
+    add("--limit", type=int, help="only the first so many questions of each file")
     add("--image", type=Path, help="diagnose this one windowed slice instead, and print thinking and answer")
     add("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="its lesion, px, end-exclusive")
     add = parser.add_argument_group("beyond accuracy").add_argument
@@ -314,11 +316,18 @@ def begin(args) -> None:
         try:
             for name in OUTPUTS:
                 (args.out / name).unlink(missing_ok=True)
+            for part in (args.out / ".work").iterdir():  # settings.json goes last: a stop here leaves no answers to it
+                if part.is_dir():
+                    shutil.rmtree(part)
             shutil.rmtree(args.out / ".work")
         except OSError as error:
             raise BadInput(f"{args.out}: cannot be cleared: {error.strerror}") from error
-    files = {"data": [args.data / "test" / "metadata.jsonl"], "chartqa": args.chartqa, "textvqa": args.textvqa}
-    settings = {"model": {name: checkpoint_digest(name) for name in args.model}}
+    files = {
+        "data": [args.data / "test" / "metadata.jsonl", args.data / "dataset_info.json"],
+        "chartqa": args.chartqa,
+        "textvqa": args.textvqa,
+    }
+    settings = {"model": [[name, checkpoint_digest(name)] for name in args.model]}
     settings |= {flag: [digest(read_bytes(path)) for path in paths] for flag, paths in files.items()}
     settings |= {flag: getattr(args, flag) for flag in ("think", "limit", "max_new_tokens", "batch_size", "skill")}
     try:
@@ -343,11 +352,11 @@ def write_results(args, records: list[dict], rows: list[dict], general: list[dic
               "prompt": rewards.prompt(by_id[r["id"]]["question"], r["mode"]), "thinking": rewards.thinking(r["text"]),
               "rewards": {part: r[part] for part in ("format", "validity", "correctness")}}
              for r in rows]  # fmt: skip
+    write_atomic(args.out / "table.md", tables.markdown(shown))
     folders = dict.fromkeys(folder for name in args.model for folder in (Path(name), Path(name).parent))
-    runs = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]  # a checkpoint lies in its run
+    runs = [folder for folder in folders if (folder / "run.json").is_file()]  # a checkpoint lies in its run
     write_report(args.out / "report.html", title="MedReason-R1: evaluation", tables=shown, runs=runs,
                  figures=[("Confusion", args.out / "confusion.png")], cases=cases)  # fmt: skip
-    write_atomic(args.out / "table.md", tables.markdown(shown))
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
     print(tables.markdown(shown))
     print(f"{args.out}: {', '.join(name for name in OUTPUTS if (args.out / name).exists())}")

@@ -3,16 +3,18 @@
     python benchmarks/miniature.py                      trains, evaluates, prints: under two hours on 2 cores
     python benchmarks/miniature.py --seeds 0 --jobs 1   a part of it
 
-Started again it goes on where it was stopped. All arms of a seed share its phantoms, which went through NIfTI files, 01
-and 02, and RL arms have equal steps. A run that fails is reported, not dropped. Everything lies under --out; what this
-prints is `report.md` there.
+Started again it goes on where it was stopped (the tasks that ran then must have ended). All arms of a seed share its
+phantoms, which went through NIfTI files, 01 and 02, and RL arms have equal steps. A run that fails is reported, not
+dropped. Everything lies under --out; what this prints is `report.md` there.
 
-An effect is a difference of two arms on the same test items. Its interval is Student's t over the seeds' differences;
-their standard error is the larger of two: from the spread over seeds (training and test set both change), and from the
-bootstraps over patients within seeds.
+An effect is a difference of two arms on the same test items. Its interval is the wider of two: Student's t over the
+seeds' differences, in which training, phantoms and test set all vary, and the normal one of the patients' bootstraps
+within the seeds. The tiny base is the same in all seeds, and intervals are not corrected for the number of effects.
 """
 
 import argparse
+import importlib
+import math
 import os
 import subprocess
 import sys
@@ -70,7 +72,7 @@ EFFECTS = [
     ("Fig. 3: SFT forced to think loses accuracy", ("sft", "think"), ("sft", "direct"), -1),
     ("Fig. 3: RL makes reasoning and answer agree", ("rl", "consistency"), ("sft", "consistency"), 1),
 ]  # fmt: skip
-KEPT = 5.0  # points: a skill counts as kept when the interval of its change lies within this much of 0
+KEPT = 5.0  # points: a skill counts as kept when its interval excludes a larger loss, as lost when it is all larger
 
 
 def tasks(out: Path, seed: int) -> dict[str, tuple[list[str], str]]:
@@ -96,9 +98,13 @@ def tasks(out: Path, seed: int) -> dict[str, tuple[list[str], str]]:
 
 
 def run(out: Path, name: str, command: str) -> str | None:
-    """Runs one task; None, or what it said last when it failed. `<task>.done` holds the command that is done."""
+    """Runs one task; None, or what it said last when it failed. `<task>.done` holds the command and recipe of what is
+    done: with another recipe the scripts refuse the old folder, which is then reported."""
     done, log = out / f"{name}.done", out / f"{name}.log"
-    if done.exists() and done.read_text() == command:
+    script = Path(command.split()[0])
+    recipe = getattr(importlib.import_module(script.stem), "DEMO", "") if script.suffix else ""
+    stamp = f"{command}\n{recipe}\n"
+    if done.exists() and done.read_text() == stamp:
         return None
     done.parent.mkdir(parents=True, exist_ok=True)
     argv = command.split()
@@ -110,7 +116,7 @@ def run(out: Path, name: str, command: str) -> str | None:
     if code:
         said = log.read_text().strip().splitlines() or ["(nothing)"]  # splitlines() also breaks at tqdm's returns
         return f"exit {code}: {said[-1]}"
-    done.write_text(command)
+    done.write_text(stamp)
     return None
 
 
@@ -142,22 +148,21 @@ def run_all(out: Path, todo: dict[str, tuple[list[str], str]], jobs: int) -> dic
 
 def read_items(folder: Path) -> dict[str, dict[str, tuple[float, str, str]]]:
     """Measure -> item -> (value 0 to 1, patient, class) of an arm's evaluation."""
-    items = {"direct": {}, "think": {}, "consistency": {}, "format": {}, "invalid": {}, "skill": {}}
+    names = ("direct", "think", "format", "invalid", "coverage", "consistency", "judge right", "skill")
+    items = {name: {} for name in names}
     for row in read_log(folder / "predictions.jsonl"):
         of = row["patient"], row["label"]
         items[row["mode"]][row["id"]] = (row["correctness"], *of)
         if row["mode"] == "think":
             items["format"][row["id"]] = (row["format"], *of)
             items["invalid"][row["id"]] = (1 - row["validity"], *of)
+            items["coverage"][row["id"]] = (float(row["judged"] is not None), *of)
             if row["judged"] is not None:
                 items["consistency"][row["id"]] = (float(row["judged"] == row["predicted"]), *of)
+                items["judge right"][row["id"]] = (float(row["judged"] == row["label"]), *of)
     for row in read_log(folder / "general.jsonl"):
         items["skill"][row["id"]] = (row["score"], row["patient"], row["part"])
     return items
-
-
-def mean(items: dict) -> float:
-    return 100 * float(np.mean([value for value, *_ in items.values()])) if items else float("nan")
 
 
 def difference(first: dict, second: dict) -> dict | None:
@@ -176,14 +181,13 @@ def over_seeds(seeds: list[dict]) -> tuple[float, float, float]:
     if n == 1:
         return means[0], *seeds[0]["interval"]
     within = [(seed["interval"][1] - seed["interval"][0]) / 2 / 1.96 for seed in seeds]
-    error = max(means.std(ddof=1), float(np.sqrt(np.mean(np.square(within))))) / np.sqrt(n)
-    half = stats.t.ppf(0.975, n - 1) * error
+    half = max(stats.t.ppf(0.975, n - 1) * means.std(ddof=1), 1.96 * np.sqrt(np.mean(np.square(within)))) / np.sqrt(n)
     return means.mean(), means.mean() - half, means.mean() + half
 
 
 def verdict(low: float, high: float, sign: int) -> str:
     if sign == 0:
-        return "agrees" if -KEPT <= low and high <= KEPT else "disagrees" if high < 0 else "not resolved"
+        return "agrees" if low >= -KEPT else "disagrees" if high < -KEPT else "not resolved"
     if low <= 0 <= high:
         return "not resolved"
     return "agrees" if (low > 0) == (sign > 0) else "disagrees"
@@ -195,21 +199,24 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
     """Tables 1 to 4, Fig. 1d, Fig. 3 and the verdicts, as Markdown."""
-    items = {arm: [read_items(out / f"seed{seed}" / f"eval_{arm}") for seed in seeds
-                   if f"seed{seed}/eval_{arm}" not in failed] for arm in ARMS}  # fmt: skip
+    items = {arm: [None if f"seed{seed}/eval_{arm}" in failed else read_items(out / f"seed{seed}" / f"eval_{arm}")
+                   for seed in seeds] for arm in ARMS}  # fmt: skip
 
     def cell(arm: str, measure: str, label: str | None = None) -> str:
         """Mean over seeds, and the seeds' own values in brackets."""
-        found = [{k: v for k, v in one[measure].items() if label in (None, v[2])} for one in items[arm]]
-        values = [mean(one) for one in found]
-        if not values or np.isnan(values).all():
-            return "failed" if not values else ""
-        return f"{np.nanmean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
+        values = []
+        for one in items[arm]:
+            kept = [v[0] for v in one[measure].values() if label in (None, v[2])] if one else []
+            values.append(100 * float(np.mean(kept)) if kept else math.nan)
+        if np.isnan(values).all():
+            return "" if any(items[arm]) else "failed"
+        each = ["none" if math.isnan(value) else f"{value:.1f}" for value in values]
+        return f"{np.nanmean(values):.1f} ({', '.join(each)})"
 
     def paper(arm: str, measure: str) -> str:
         return f"{PAPER[arm, measure]:.2f}" if (arm, measure) in PAPER else ""
 
-    sizes = [len(one["direct"]) for one in items["base"]]
+    sizes = [len(one["direct"]) if one else 0 for one in items["base"]]
     lines = [f"Seeds {', '.join(map(str, seeds))}; test items {', '.join(map(str, sizes))}. "
              "All figures in %, greedy: the mean over seeds, in brackets each seed's. Chance: 14.3 %.", ""]  # fmt: skip
     lines += ["**Table 1. Accuracy without and with thinking**", ""]
@@ -235,19 +242,23 @@ def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
                          *(cell(arm, measure) for measure in ("format", "invalid", "direct"))])  # fmt: skip
     lines += table(["", "miniature", "paper", "format, think", "invalid, think", "direct"], rows)
     lines += ["**Fig. 3. Forced thinking; reasoning and answer agree** (the miniature's judge: keyword)", ""]
-    lines += table(["", "accuracy, think", "paper", "consistency", "paper"],
+    lines += table(["", "accuracy, think", "paper", "consistency", "paper", "judge's coverage", "judge right"],
                    [[ARMS[arm], cell(arm, "think"), paper(arm, "think"), cell(arm, "consistency"),
-                     paper(arm, "consistency")] for arm in ("base", "sft", "rl")])  # fmt: skip
-    lines += ["**Effects.** Percentage points, paired on the test items, with the 95 % interval over seeds", ""]
+                     paper(arm, "consistency"), cell(arm, "coverage"), cell(arm, "judge right")]
+                    for arm in ("base", "sft", "rl")])  # fmt: skip
+    lines += ["**Effects.** Percentage points, paired on the test items (consistency: those whose thinking the judge "
+              "decides in both arms), with the 95 % interval over seeds", ""]  # fmt: skip
     rows = []
     for name, first, second, sign in EFFECTS:
         known = [PAPER.get(side) for side in (first, second)]
         told = f"{known[0] - known[1]:+.2f}" if all(known) else "kept" if sign == 0 else "+" if sign > 0 else "-"
-        pairs = [difference(one[first[1]], other[second[1]])
-                 for one, other in zip(items[first[0]], items[second[0]], strict=True)
-                 ] if len(items[first[0]]) == len(items[second[0]]) == len(seeds) else []  # fmt: skip
-        if not pairs or None in pairs:
-            rows.append([name, told, "no items in common" if pairs else "a run failed", "", "not resolved"])
+        sides = zip(items[first[0]], items[second[0]], strict=True)
+        pairs = [difference(one[first[1]], other[second[1]]) if one and other else "failed" for one, other in sides]
+        if "failed" in pairs:
+            rows.append([name, told, "a run failed", "", "not resolved"])
+            continue
+        if None in pairs:
+            rows.append([name, told, "no items in common", "", "not resolved"])
             continue
         middle, low, high = over_seeds(pairs)
         each = ", ".join(f"{pair['mean']:+.1f}" for pair in pairs)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def start(seed: int) -> World:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # An hour, since rank 0 reads whole checkpoints from slow disks while the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     torch.manual_seed(seed)
     return World(rank, size, device)
 
@@ -357,7 +359,8 @@ def open_run(args: argparse.Namespace, world: World) -> None:
     """
     path = args.out / "run.json"
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    data = hashlib.sha256(read_bytes(args.data / "train" / "metadata.jsonl")).hexdigest()
+    made = [read_bytes(args.data / name) for name in ("train/metadata.jsonl", "dataset_info.json")]
+    data = hashlib.sha256(b"".join(made)).hexdigest()
     settings = json.loads(json.dumps({**settings, "data": data}, default=str))
     known = read_json(path) if args.resume and path.exists() else None
     old = sorted(file for pattern in OWN for file in args.out.glob(pattern))

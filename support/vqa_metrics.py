@@ -34,8 +34,12 @@ _RESTORED = {
 
 
 def bare(completion: str) -> str:
-    """What a completion answers: the text of its answer tags, else all that is not thinking."""
-    text = re.sub(r"<think>.*?(</think>|$)", "", completion, flags=re.DOTALL)
+    """What a completion answers: the text of its answer tags, else all that is not thinking.
+
+    Chat templates that open the thinking themselves leave a completion with the closing tag alone.
+    """
+    text = re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL)
+    text = re.sub(r"^.*</think>|<think>.*$", "", text, flags=re.DOTALL)
     pair = re.search(r"<answer>(.*?)(</answer>|$)", text, re.DOTALL)
     return re.sub(r"</?(think|answer)>", "", pair.group(1) if pair else text).strip()
 

@@ -351,6 +351,7 @@ def sft(tmp_path_factory):
         for parameter in model.model.language_model.parameters():
             parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
     vlm.save_checkpoint(folder, model, vlm.load_processor(str(tiny_vlm.DEFAULT)))
+    (folder / "run.json").write_text("{}")
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
     return folder
 
@@ -451,6 +452,14 @@ def test_other_settings_are_refused(results, flags, sft, tmp_path):
     main(*one, "--out", tmp_path / "one")
     shutil.copy(tiny_vlm.DEFAULT / "model.safetensors", other)  # another checkpoint by the same name
     assert "made with other settings (model)" in complaint(*one, "--out", tmp_path / "one")
+    models = flags[flags.index("--model") + 1 :][:2]  # in the other order each would get the other's answers
+    swapped = [*flags[: flags.index("--model") + 1], *models[::-1], *flags[flags.index("--model") + 3 :]]
+    assert "made with other settings (model)" in complaint(*swapped, "--out", out)
+    (tmp_path / "data").mkdir()
+    shutil.copytree(flags[1], tmp_path / "data", dirs_exist_ok=True)
+    info = tmp_path / "data" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"border": 0.5}))  # other pictures of the same records
+    assert "made with other settings (data)" in complaint(flags[0], tmp_path / "data", *flags[2:], "--out", out)
     assert read(out) == before
     main(*flags, "--think", "no", "--out", out, "--overwrite")
     rows = train.read_log(out / "predictions.jsonl")

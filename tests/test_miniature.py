@@ -32,13 +32,14 @@ def test_interval_over_seeds_by_hand():
     assert mean == 2 and high - mean == mean - low == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3)
     wide = [{"mean": 2, "interval": [2 - 1.96 * 5, 2 + 1.96 * 5]}] * 3  # equal seeds, a standard error of 5 each
     mean, low, high = miniature.over_seeds(wide)
-    assert high - mean == pytest.approx(4.3027 * 5 / math.sqrt(3), abs=1e-2)
+    assert high - mean == pytest.approx(1.96 * 5 / math.sqrt(3))
     assert miniature.over_seeds(seeds[:1]) == (1, 0.9, 1.1)
 
 
 @pytest.mark.parametrize(("low", "high", "sign", "expected"), [
     (1, 2, 1, "agrees"), (-2, -1, 1, "disagrees"), (-1, 1, 1, "not resolved"), (-2, -1, -1, "agrees"),
-    (1, 2, -1, "disagrees"), (-4, 4, 0, "agrees"), (-9, -1, 0, "disagrees"), (-9, 1, 0, "not resolved"),
+    (1, 2, -1, "disagrees"), (-4, 4, 0, "agrees"), (6, 9, 0, "agrees"),
+    (-9, -6, 0, "disagrees"), (-9, -1, 0, "not resolved"),
 ])  # fmt: skip
 def test_verdicts(low, high, sign, expected):
     assert miniature.verdict(low, high, sign) == expected
@@ -57,7 +58,7 @@ def test_the_report_counts_what_was_answered(tmp_path):
     assert "| base | 0.0 (0.0) |  | 0.0 (0.0) |  |" in text
     assert "| SFT | 50.0 (50.0) | 48.54 | 50.0 (50.0) | 37.60 |" in text
     assert f"| {rewards.CLASSES[0]} | 0.0 (0.0) | 100.0 (100.0) | 100.0 (100.0) |" in text
-    assert "| RL without SFT | failed | 46.95 |" in text and "- seed4/eval_rl_no_sft: exit 1: oh" in text
+    assert "| RL without SFT | failed | 46.95 | failed |" in text and "- seed4/eval_rl_no_sft: exit 1: oh" in text
     assert (
         "| Table 3: the zoomed patch helps (SFT, direct) | +3.22 | +0.0 (+0.0 to +0.0) | +0.0 | not resolved |" in text
     )

@@ -18,6 +18,7 @@ from support.vqa_metrics import bare, normalise, read_questions, relaxed_accurac
         ("<think>It is blue, <answer>no</answer></think>\n<answer>red</answer>", "red"),
         ("<think>because</think>red", "red"),
         ("<think>never ends red", ""),
+        ("because</think>red", "red"),  # the chat template had opened it
         ("<answer>cut off", "cut off"),
         ("red</answer>", "red"),
         ("<think>a\nb</think> <answer>1\n2</answer>", "1\n2"),
