@@ -1,0 +1,104 @@
+"""What the notebooks share: the miniature's commands, how to run one quietly, how to show a picture or a table.
+
+The lessons build on each other through the folder notebooks/work/ (git-ignored): `run` makes a part of it unless an
+earlier lesson has. Importing this module moves to the repository's top, where the scripts are.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from IPython.display import Image as Displayed
+from IPython.display import Markdown
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave a shared core to others
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars in notebooks
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "figure.constrained_layout.use": True})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+
+WORK = Path("notebooks/work")
+BASE = "assets/tiny-qwen2.5-vl"
+# The whole miniature: name of the output folder -> script and flags. Seed 8 is the course's own: the shipped base saw
+# the phantoms of seed 1000, the README's table is about seeds 0 and 1.
+COMMANDS = {
+    "slices": ("01_make_dataset", "--phantoms 160 --seed 8 --workers 1"),
+    "zoom": ("02_zoom_augment", f"--data {WORK}/slices --workers 1"),
+    "plain": ("02_zoom_augment", f"--data {WORK}/slices --no-patch --workers 1"),
+    "sft": ("03_sft", f"--data {WORK}/zoom --model {BASE}"),
+    "sft_full": ("03_sft", f"--data {WORK}/zoom --model {BASE} --train full"),
+    "sft_plain": ("03_sft", f"--data {WORK}/plain --model {BASE}"),
+    "grpo": ("04_grpo", f"--data {WORK}/zoom --model {WORK}/sft"),
+    "eval": ("05_eval", f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo --overwrite"),
+}
+LAST_FILE = ("dataset_info.json", "config.json", "table.md")  # what a stage writes when it is done
+
+
+def stage(script: str, *flags: str, quiet: bool = False) -> None:
+    """Runs a numbered script in this process, as `python <script>.py <flags>` would, without its progress bars.
+
+    `quiet` also hides what it prints: 05's tables, which a lesson shows from table.md.
+    """
+    print(f"$ python {script}.py {' '.join(flags)}")
+    printed = contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), printed:
+            importlib.import_module(script).main(list(flags))
+    except SystemExit as error:  # bad input: the script's one-line message
+        raise RuntimeError(error.code) from None
+
+
+def run(name: str) -> Path:
+    """The folder of the command `name` (a key of COMMANDS), made now, with what it needs, unless it is there."""
+    folder, (script, flags) = WORK / name, COMMANDS[name]
+    if any((folder / file).exists() for file in LAST_FILE):
+        print(f"{folder}: made before; delete it to make it again")
+        return folder
+    for word in flags.split():
+        if word.startswith(f"{WORK}/"):
+            run(Path(word).name)
+    stage(script, *flags.split(), "--out", str(folder), quiet=script == "05_eval")
+    return folder
+
+
+def show(path: Path, width: int = 1000) -> Displayed:
+    """A picture file as a cell's output, at most `width` px wide, in 128 colours: notebooks stay small."""
+    picture = Image.open(path).convert("RGB")
+    picture.thumbnail((width, width))
+    buffer = io.BytesIO()
+    picture.quantize(128).save(buffer, "PNG", optimize=True)
+    return Displayed(buffer.getvalue())
+
+
+def table(header: list, rows: list) -> Markdown:
+    """A Markdown table; floats are shown with three decimals."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return Markdown("\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]]))
+
+
+def grade(*checks: Callable[[], None]) -> None:
+    """Runs an exercise's checks, one point each: a check that raises shows its hint. AssertionError unless all pass."""
+    passed = 0
+    for check in checks:
+        try:
+            check()
+        except Exception as error:
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            print(f"[ ] {check.__doc__}\n      hint: {kind}{error}")
+        else:
+            print(f"[x] {check.__doc__}")
+            passed += 1
+    print(f"{passed} of {len(checks)} points")
+    assert passed == len(checks), "not solved yet: the hints are above"
