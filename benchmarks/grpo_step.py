@@ -1,8 +1,9 @@
-"""One GRPO step of trl's GRPOTrainer and of 04_grpo.py on the same work: seconds by part, memory, and their ratio.
+r"""One GRPO step of trl's GRPOTrainer and of 04_grpo.py on the same work: seconds by part, memory, and their ratio.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python -m benchmarks.grpo_step                                              CPU, the tiny shape, two minutes
-    python -m benchmarks.grpo_step --shape 3b --device cuda --image 512 --text-tokens 100 --tokens 200 --trl-micro-batch 1
+    python -m benchmarks.grpo_step --shape 3b --device cuda --image 512 --text-tokens 100 --tokens 200 \
+        --trl-micro-batch 1
 
 Both sides get the same random weights, noise pictures, prompts, lengths and threads, AdamW and a reference model;
 nothing is downloaded. Each side is a process of its own and the two step in turn, so that a busy machine slows both
