@@ -2,11 +2,8 @@
 
 import importlib
 import json
-import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -281,121 +278,7 @@ def test_other_settings_other_data_and_strange_folders_are_refused(data, tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-
-
-@pytest.fixture
-def hostile(data, tmp_path) -> Path:
-    """A copy of the data folder to damage."""
-    return Path(shutil.copytree(data, tmp_path / "data"))
-
-
-def refuse(folder: Path, tmp_path: Path, *words: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        augmented(folder, tmp_path / "out")
-    message = str(stop.value.code)
-    assert message.startswith("error: ") and "\n" not in message
-    assert all(word in message for word in words), message
-    assert {path.name for path in tmp_path.iterdir()} <= {"data", "out"}  # nothing lands elsewhere
-
-
-FIELDS = {
-    "file_name ../": ("file_name", "../../secret.png"),
-    "file_name absolute": ("file_name", "/etc/hostname"),
-    "file_name missing picture": ("file_name", "images/none.png"),
-    "file_name nul": ("file_name", "images/\0.png"),
-    "file_name number": ("file_name", 5),
-    "file_name empty": ("file_name", ""),
-    "id empty": ("id", ""),
-    "id list": ("id", ["x"]),
-    "box of floats": ("box", [1.0, 2, 3, 4]),
-    "box of booleans": ("box", [False, False, True, True]),
-    "box too short": ("box", [1, 2, 3]),
-    "box empty": ("box", [5, 5, 5, 9]),
-    "box negative": ("box", [-5, 5, 5, 9]),
-    "box endless": ("box", [0, 0, 10**12, 9]),
-    "boxes with a string": ("boxes", ["x"]),
-    "label unknown": ("label", "Normal"),
-    "label null": ("label", None),
-    "question number": ("question", 3),
-    "answer missing": ("answer", ...),
-    "slice string": ("slice", "4"),
-}
-
-
-@pytest.mark.parametrize("kind", FIELDS)
-def test_a_bad_field_names_file_line_and_field(hostile, tmp_path, kind):
-    field, value = FIELDS[kind]
-    records = ct.read_lines(hostile, "train")
-    records[2][field] = value
-    if value is ...:
-        del records[2][field]
-    (hostile / "train" / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    leads_out = kind in ("file_name ../", "file_name absolute", "file_name nul", "file_name empty")
-    refuse(hostile, tmp_path, "metadata.jsonl, line 3", "leads out" if leads_out else field.removesuffix("es"))
-
-
-@pytest.mark.parametrize("line", ["", "{", "[]", "5", '"x"', "null", "\x00", "[" * 100_000, "{}"])
-def test_a_broken_line_is_named(hostile, tmp_path, line):
-    path = hostile / "test" / "metadata.jsonl"
-    path.write_text(line + "\n" + path.read_text())
-    refuse(hostile, tmp_path, "metadata.jsonl, line 1")
-
-
-def test_duplicate_ids_and_ids_that_are_no_file_names(hostile, tmp_path):
-    path = hostile / "train" / "metadata.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines, lines[0]]))
-    refuse(hostile, tmp_path, f"line {len(lines) + 1}", "'id'")
-    for bad in ("../x", "a/b", "/x", ".hidden", "x" * 300, "a\nb"):
-        path.write_text("\n".join([json.dumps({**json.loads(lines[0]), "id": bad}), *lines[1:]]))
-        refuse(hostile, tmp_path, "id", "file name")
-
-
-def test_a_link_out_of_the_folder_is_refused(hostile, tmp_path):
-    outside = hostile.parent / "data" / ".." / ".." / "outside.png"
-    noise(40, 48).save(outside)
-    picture = hostile / "train" / ct.read_lines(hostile, "train")[0]["file_name"]
-    picture.unlink()
-    picture.symlink_to(outside.resolve())
-    refuse(hostile, tmp_path, "line 1", "leads out")
-
-
-def png_header(width: int, height: int) -> bytes:
-    """The start of a PNG that claims to be this large: a decompression bomb in 60 bytes."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-PICTURES = {
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("no picture"),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:300]),
-    "flipped": lambda path: path.write_bytes(path.read_bytes()[:200] + b"\xff" * 40 + path.read_bytes()[240:]),
-    "bomb": lambda path: path.write_bytes(png_header(60_000, 60_000)),
-    "claims data it has not": lambda path: path.write_bytes(png_header(4000, 4000)),
-    "one pixel": lambda path: noise(1, 1).save(path),
-    "20,000 px wide": lambda path: noise(20_000, 30).save(path),
-    "smaller than its box": lambda path: noise(30, 30).save(path),
-}
-
-
-@pytest.mark.parametrize("kind", PICTURES)
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bad_picture_is_one_line(hostile, tmp_path, kind):
-    record = ct.read_lines(hostile, "train")[0]
-    PICTURES[kind](hostile / "train" / record["file_name"])
-    refuse(hostile, tmp_path, record["id"])
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"stage": "03"}', "\x00"])
-def test_a_bad_dataset_info_is_one_line(hostile, tmp_path, text):
-    (hostile / "dataset_info.json").write_text(text)
-    refuse(hostile, tmp_path, "dataset_info.json")
+# Bad input, beside what tests/test_hostile.py tries
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, ValueError, OSError])
