@@ -532,12 +532,12 @@ def test_the_search_finds_what_it_looks_for(line, tmp_path, monkeypatch):
         test_sources_hold_nothing_dangerous()
 
 
-def test_a_pickle_in_a_state_file_is_not_run(model, tmp_path):
+def test_a_pickle_in_a_state_file_is_not_run(model, world, tmp_path):
     """--resume reads state.pt with weights_only=True."""
     state = tmp_path / "checkpoint-000001" / "state.pt"
     state.parent.mkdir()
     torch.save({"step": 1, "trained": corpus.Explosive()}, state)
     trained = vlm.set_trainable(model, "merger")
-    with pytest.raises(BadInput, match="state.pt"):
-        train.resume(tmp_path, trained, torch.optim.AdamW(trained.values()))
+    with pytest.raises(BadInput, match="no checkpoint can be read"):
+        train.resume(tmp_path, trained, torch.optim.AdamW(trained.values()), world)
     assert not (tmp_path / "BOOM").exists()
