@@ -120,10 +120,10 @@ def run(out: Path, name: str, command: str) -> str | None:
     return None
 
 
-def run_all(out: Path, todo: dict[str, tuple[list[str], str]], jobs: int) -> dict[str, str]:
+def run_all(out: Path, plan: dict[str, tuple[list[str], str]], jobs: int) -> dict[str, str]:
     """Runs tasks in the order of their needs, `jobs` at a time; returns the failed ones and why."""
-    waiting, running, finished, failed = dict(todo), {}, set(), {}
-    bar = tqdm(total=len(todo), unit="task")
+    waiting, running, finished, failed = dict(plan), {}, set(), {}
+    bar = tqdm(total=len(plan), unit="task")
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
             for name, (needs, command) in list(waiting.items()):
@@ -274,8 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2, fixed beforehand)")
     parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, each on one thread (%(default)s)")
     args = parser.parse_args(argv)
-    todo = {name: task for seed in args.seeds for name, task in tasks(args.out, seed).items()}
-    failed = run_all(args.out, todo, args.jobs)
+    plan = {name: task for seed in args.seeds for name, task in tasks(args.out, seed).items()}
+    failed = run_all(args.out, plan, args.jobs)
     text = report(args.out, args.seeds, failed)
     (args.out / "report.md").write_text(text)
     print(text)

@@ -1,6 +1,6 @@
 """What the notebooks share: the miniature's commands, how to run one quietly, how to show a picture or a table.
 
-The lessons build on each other through the folder notebooks/work/ (git-ignored): `run` makes a part of it unless an
+The lessons build on each other through the folder notebooks/runs/ (git-ignored): `run` makes a part of it unless an
 earlier lesson has. Importing this module moves to the repository's top, where the scripts are.
 """
 
@@ -28,7 +28,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "figure.constrained_layout.use": True})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
-WORK = Path("notebooks/work")
+WORK = Path("notebooks/runs")
 BASE = "assets/tiny-qwen2.5-vl"
 # The whole miniature: name of the output folder -> script and flags. Seed 8 is the course's own: the shipped base saw
 # the phantoms of seed 1000, the README's table is about seeds 0 and 1.

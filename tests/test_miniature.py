@@ -15,10 +15,10 @@ def test_tasks_run_in_order_once_and_failures_are_reported(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "executable", "/bin/sh")
     for name, body in {"good": "echo $1 >> ran", "bad": "echo no luck; exit 3"}.items():
         (tmp_path / name).write_text(body)
-    todo = {"s/b": (["s/a"], "good b"), "s/a": ([], "good a"), "s/x": ([], "bad x"), "s/y": (["s/x"], "good y"),
+    plan = {"s/b": (["s/a"], "good b"), "s/a": ([], "good a"), "s/x": ([], "bad x"), "s/y": (["s/x"], "good y"),
             "s/z": (["s/y"], "good z")}  # fmt: skip
     for _ in range(2):  # the second call repeats only what failed
-        failed = miniature.run_all(tmp_path / "out", todo, jobs=2)
+        failed = miniature.run_all(tmp_path / "out", plan, jobs=2)
         assert failed == {"s/x": "exit 3: no luck", "s/y": "not run: s/x failed", "s/z": "not run: s/y failed"}
         assert (tmp_path / "ran").read_text().split() == ["a", "b"]
     miniature.run_all(tmp_path / "out", {"s/a": ([], "good again")}, jobs=1)  # another command is another task

@@ -146,7 +146,7 @@ def test_a_usual_mistake_meets_its_hint(name, right, wrong, hint, monkeypatch, c
 def copy(tmp_path_factory):
     """The project's files in a folder of their own, without anything that a run has left."""
     target = tmp_path_factory.mktemp("course") / "project"
-    left = shutil.ignore_patterns(".git", ".venv", "venv", "data", "runs", "work", "__pycache__", ".*_cache", "*.tmp")
+    left = shutil.ignore_patterns(".git", ".venv", "venv", "data", "runs", "__pycache__", ".*_cache", "*.tmp")
     shutil.copytree(ROOT, target, ignore=left)
     return target
 
