@@ -140,6 +140,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 STOPPED = """
 import importlib, os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
 script, what, count, number, *argv = sys.argv[1:]
 stage, count = importlib.import_module(script), int(count)
 write, parallel = stage.write_atomic, stage.parallel
