@@ -10,7 +10,7 @@ The paper does not say which MLPs; our default is the merger, the MLP between vi
 
     python 03_sft.py                                                    the tiny demo model, half a minute on 2 cores
     python 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct                one GPU
-    torchrun --nproc-per-node 8 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/real_zoom   eight GPUs
+    torchrun --nproc-per-node 8 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/real_zoom --out runs/real_sft
 
 Writes to --out: the checkpoint (a complete Hugging Face folder), metrics.jsonl, curves.png, checkpoint-*/ for --resume.
 """

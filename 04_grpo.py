@@ -16,7 +16,7 @@ under a block mask (`packed_logprobs`; --no-prefix-sharing takes the plain path)
 values, since rollout and first pass use the same weights.
 
     python 04_grpo.py                                       the tiny demo, two to three minutes on 2 cores
-    torchrun --nproc-per-node 8 04_grpo.py --data data/real_zoom --model runs/sft       eight GPUs
+    torchrun --nproc-per-node 8 04_grpo.py --data data/real_zoom --model runs/real_sft --out runs/real_grpo
 
 Writes to --out: the checkpoint, metrics.jsonl, curves.png, rollouts.jsonl (every sample with its reward parts and
 advantage), checkpoint-*/ for --resume.

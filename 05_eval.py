@@ -7,7 +7,7 @@ parser are those of training (rewards.py). An answer that the parser cannot read
     python 05_eval.py --model Qwen/Qwen2.5-VL-7B-Instruct runs/sft --think yes --judge openai/gpt-oss-20b
     python 05_eval.py --model runs/real_sft runs/real_grpo --chartqa test_human.json --textvqa TextVQA_0.5.1_val.json
     python 05_eval.py --model runs/grpo --image slice.png --box 120 88 161 130
-    torchrun --nproc-per-node 8 05_eval.py --data data/real_zoom --model runs/grpo
+    torchrun --nproc-per-node 8 05_eval.py --data data/real_zoom --model runs/real_grpo --out runs/real_eval
 
 Writes to --out: predictions.jsonl, general.jsonl, metrics.json, table.md, confusion.png, examples.png, report.html, and
 .work/ with the answers so far: an interrupted run, started again, goes on and ends with the same bytes.
