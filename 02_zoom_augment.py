@@ -1,165 +1,283 @@
-"""Stage 02: slices and boxes -> the same slices with a zoomed patch of the lesion (paper, Section 3.2).
+"""Stage 02: slices and boxes -> the same slices with a zoomed patch (Section 2.1, second half).
 
-A lesion is small beside the slice it lies in. The paper therefore crops it, enlarges it to a fixed size, frames it in
-green and puts it in the upper-left corner: the model sees the lesion's detail and the whole chest in one picture.
+A lesion is small beside the slice it lies in. The paper therefore crops it, enlarges it to a fixed
+size, frames it in green and puts it in the upper-left corner: the model sees the lesion's detail
+and the whole chest in one picture.
 
-    +-------+-----------+      patch: a square around the lesion's box, a margin wider than the box, with `--patch` of
-    | patch |           |             the slice's shorter side as its side
-    +-------+  slice    |      red:   the lesion's box. It is in every picture, with the patch or without, because a
-    |         +---+     |             slice with two findings would otherwise be one picture with two right answers
-    |         |red|     |
-    +---------+---+-----+      The paper gives no sizes: --patch, --margin and --border are our assumptions.
+    +-------+-----------+    patch: a square around the lesion's box, a margin wider than the box;
+    | patch |           |           its side is `--patch` of the slice's shorter side
+    +-------+  slice    |    red:   the lesion's box, in every picture, with the patch or without:
+    |         +---+     |           a slice with two findings would otherwise be one picture with
+    |         |red|     |           two right answers
+    +---------+---+-----+    The paper gives no sizes: --patch, --margin and --border are ours.
 
-    python 02_zoom_augment.py                                                   with the patch
-    python 02_zoom_augment.py --no-patch --out data/ct_rate_vqa_nopatch         Table 3's "None" arm
+    python 02_zoom_augment.py                                              with the patch
+    python 02_zoom_augment.py --no-patch --out data/ct_rate_vqa_nopatch    Table 3's "None" arm
     python 02_zoom_augment.py --data data/real --out data/real_zoom --workers 32
+    python 02_zoom_augment.py --image slice.png --box 60 70 90 95 --out zoomed.png    one picture
 
-The drawing is in support/zoom.py, which 05_eval.py --image shares; this script draws a whole dataset. The output folder
-is the twin of the input: the same records and ids, one RGB picture a record. A run that was
-interrupted goes on where it stopped when the same command is given again.
+--out is the twin of --data, the same records and ids, but with one RGB picture per record: of 01's
+keys only file_name changes, and patch is added, the patch's side in px (0: none). dataset_info.json
+gets the flags as "zoom"; overview.png shows a slice of each class before and after. The same
+command goes on where an interrupted one stopped.
 """
 
 import argparse
 import hashlib
-import io
 import json
+import math
 import re
 from contextlib import closing
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from rewards import CLASSES
 from support.files import (
     BadInput,
-    dataset_info,
+    claim,
     inside,
     open_picture,
-    open_work,
     png_bytes,
     read_bytes,
-    read_records,
     write_atomic,
 )
-from support.pool import parallel, run_stage
-from support.zoom import augment, crop_square, patch_side, zoom_patch  # noqa: F401 (drawing, this stage's heart)
+from support.log import save_figure
+from support.records import dataset_info, read_records
+from support.stage import fraction, natural, non_negative, parallel, run_stage
 
 SPLITS = ("train", "test")
-CHUNK = 64  # records a job: large enough that handing jobs to the workers costs nothing
+OUTPUTS = (".work", *SPLITS, "overview.png", "dataset_info.json")
+CHUNK = 64  # records per job: large enough that handing jobs to the workers costs nothing
+RED, GREEN = (255, 0, 0), (0, 255, 0)
 
 
-def augment_records(records: list[dict], folder: Path, patch: float, margin: float, border: float) -> list[dict]:
-    """Writes the pictures of some records under `folder`/images, unless they are there; returns their new records."""
-    done = []
-    for record in records:
-        try:
-            picture = open_picture(record["image"])
-            target = inside(folder, f"images/{record['id']}.png")
-            if not target.exists():  # it appeared by rename: what is there is whole
-                write_atomic(target, png_bytes(augment(picture, record["box"], patch, margin, border)))
-        except BadInput as error:
-            raise BadInput(f"record {record['id']}: {error}") from error
-        new = {key: value for key, value in record.items() if key != "image"}
-        done.append({**new, "file_name": f"images/{target.name}", "patch": patch_side(picture.size, patch)})
-    return done
+# ==== 1. The patch ====
 
 
-def augment_dataset(
-    data: Path,
-    out: Path,
+def crop_square(size: tuple[int, int], box: list[int], margin: float) -> tuple[int, int, int, int]:
+    """The square (x0, y0, x1, y1), px, that the patch shows of a picture of `size` (width, height).
+
+    Its side is the longer side of `box` times 1 + 2 * margin: a square, so that the anatomy is not
+    distorted, however long and thin the box. It lies around the box's centre; at the picture's edge
+    it is shifted inside; a large one gives up margin to fit. Only a box longer than the picture's
+    shorter side makes it reach over that side's both edges alike (the crop is black there). The box
+    is always whole inside it.
+    """
+    width, height = size
+    longest = max(box[2] - box[0], box[3] - box[1])
+    side = math.ceil(longest * (1 + 2 * margin))
+    side = min(side, max(longest, min(size)))
+
+    def start(low: int, high: int, length: int) -> int:
+        if side > length:
+            return (length - side) // 2
+        return min(max((low + high - side) // 2, 0), length - side)
+
+    x, y = start(box[0], box[2], width), start(box[1], box[3], height)
+    return x, y, x + side, y + side
+
+
+def patch_side(size: tuple[int, int], patch: float) -> int:
+    """The patch's side in px, its border included: `patch` times the picture's shorter side."""
+    return round(patch * min(size))
+
+
+def zoom_patch(
+    picture: Image.Image, box: list[int], side: int, margin: float, border: float
+) -> Image.Image:
+    """The framed patch, RGB, side x side px: the bicubic crop within a green border.
+
+    The border is `border` * side px wide, at least 1, and hides nothing of the crop.
+    """
+    width = max(1, round(border * side))
+    inner = side - 2 * width
+    if inner < 8:
+        raise BadInput(f"a patch of {side} px leaves fewer than 8 px in its border; raise --patch")
+    crop = picture.convert("RGB").crop(crop_square(picture.size, box, margin))
+    framed = Image.new("RGB", (side, side), GREEN)
+    framed.paste(crop.resize((inner, inner), Image.Resampling.BICUBIC), (width, width))
+    return framed
+
+
+# ==== 2. The picture ====
+
+
+def augment(
+    picture: Image.Image,
+    box: list[int],
     patch: float = 0.4,
     margin: float = 0.25,
     border: float = 0.03,
-    workers: int = 0,
-    overwrite: bool = False,
-) -> dict:
-    """Makes (or completes) `out`, the augmented twin of 01's folder `data`, and returns its dataset_info.
+) -> Image.Image:
+    """A copy of `picture` (any mode, clean) as RGB, with the zoomed patch and the red box.
 
-    The output is the same bytes for any number of `workers` (0: one a core), interrupted or not. Raises BadInput.
+    `box` is [x0, y0, x1, y1] in px, end-exclusive; `patch` a fraction of the shorter side, 0 for no
+    patch; `margin` a fraction of the box's longer side, added on each side; `border` a fraction of
+    the patch's side. The red line lies outside the box, on it only where the picture ends. It is
+    drawn last, so the patch never hides it, though it may hide the lesion itself, which is then
+    seen in the patch only. Raises BadInput for a box that is not in the picture and for a patch too
+    small to see. Source: paper, Section 2.1.
     """
+    width, height = picture.size
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        size = f"{width} x {height} px"
+        raise BadInput(f"the box {list(box)} does not lie in the picture of {size}")
+    result = picture.convert("RGB")
+    if patch:
+        side = patch_side(picture.size, patch)
+        result.paste(zoom_patch(picture, box, side, margin, border), (0, 0))
+    line = max(1, round(min(picture.size) / 256))  # 1 px on the demo's slices, 2 px on 512 px
+    left, top = max(x0 - line, 0), max(y0 - line, 0)
+    # PIL's rectangle includes its last pixel.
+    right, bottom = min(x1 - 1 + line, width - 1), min(y1 - 1 + line, height - 1)
+    ImageDraw.Draw(result).rectangle((left, top, right, bottom), outline=RED, width=line)
+    return result
+
+
+def draw_records(records: list[dict], folder: Path, zoom: dict[str, float]) -> list[dict]:
+    """Draws the pictures of some records in `folder`, their split's; returns the new records.
+
+    Pictures that are there are kept: they appear by rename, so they are whole.
+    """
+    drawn = []
+    for record in records:
+        try:
+            picture = open_picture(record["image"])
+            path = inside(folder, f"images/{record['id']}.png")
+            if not path.exists():
+                write_atomic(path, png_bytes(augment(picture, record["box"], **zoom)))
+        except BadInput as error:
+            raise BadInput(f"record {record['id']}: {error}") from error
+        new = {key: value for key, value in record.items() if key != "image"}
+        new["file_name"] = f"images/{path.name}"
+        new["patch"] = patch_side(picture.size, zoom["patch"])
+        drawn.append(new)
+    return drawn
+
+
+# ==== 3. The folder ====
+
+
+def read_source(data: Path) -> tuple[dict[str, list[dict]], dict, str]:
+    """The records per split, the dataset_info and the SHA-256 of 01's folder. Raises BadInput."""
     info = dataset_info(data)
     if info["stage"] != "01":
-        raise BadInput(f"{data}: has been augmented already; --data needs the folder that 01_make_dataset.py wrote")
-    if data.resolve().is_relative_to(out.resolve()):
-        raise BadInput(f"{out}: --out must be another folder than --data, and not around it")
-    records = {split: read_records(data, split) for split in SPLITS}
-    for record in (record for split in SPLITS for record in records[split]):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", record["id"]):
-            raise BadInput(f"{data}: the id {record['id']!r:.80} cannot be a file name; use letters, digits, . _ -")
-    files = [data / "dataset_info.json", *(data / split / "metadata.jsonl" for split in SPLITS)]
-    source = hashlib.sha256(b"".join(map(read_bytes, files))).hexdigest()
-    zoom = {"patch": patch, "margin": margin, "border": border}
-    open_work(out, {**zoom, "source_sha256": source}, "02_zoom_augment.py", overwrite)
-
-    jobs = [
-        (records[split][i : i + CHUNK], out / split, patch, margin, border)
-        for split in SPLITS
-        for i in range(0, len(records[split]), CHUNK)
-    ]
-    with closing(parallel(augment_records, jobs, workers, "records")) as finished:
-        new = {record["id"]: record for done in finished for record in done}
+        raise BadInput(f"{data}: has been augmented already; --data needs 01_make_dataset.py's")
+    digest = hashlib.sha256(read_bytes(data / "dataset_info.json"))
+    records = {}
     for split in SPLITS:
-        lines = [json.dumps(new[record["id"]]) + "\n" for record in records[split]]
-        write_atomic(out / split / "metadata.jsonl", "".join(lines))
-        for stray in (out / split).glob("images/*.tmp"):  # left by an interrupted run
-            stray.unlink()
-    write_atomic(out / "overview.png", draw_overview(records, new, out))
-    info = {**info, "stage": "02", "zoom": zoom}
-    write_atomic(out / "dataset_info.json", json.dumps(info, indent=1))
-    return info
+        records[split] = read_records(data, split)
+        digest.update(read_bytes(data / split / "metadata.jsonl"))
+        for record in records[split]:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", record["id"]):
+                fault = f"the id {record['id']!r:.80} cannot be a file name"
+                raise BadInput(f"{data}: {fault}; use letters, digits, . _ -")
+    return records, info, digest.hexdigest()
 
 
-def draw_overview(records: dict[str, list[dict]], new: dict[str, dict], out: Path) -> bytes:
+def draw_overview(records: dict[str, list[dict]], new: dict[str, dict], out: Path) -> None:
     """overview.png: for each class one record, its slice before and after."""
+    from matplotlib.figure import Figure  # here: it takes most of a second to import
+
     figure = Figure(figsize=(16, 5), layout="constrained")
     axes = figure.subplots(2, len(CLASSES))
-    for column, label in zip(axes.T, CLASSES, strict=True):
-        own = [(split, record) for split in SPLITS for record in records[split] if record["label"] == label]
-        if own:
-            split, record = own[len(own) // 2]
-            after = new[record["id"]]
-            column[0].imshow(Image.open(record["image"]).convert("RGB"), interpolation="nearest")
-            column[1].imshow(Image.open(out / split / after["file_name"]), interpolation="nearest")
-            column[1].set_title(record["id"], fontsize=7, pad=2)
-        column[0].set_title(label, fontsize=9)
-        for axis in column:
-            axis.axis("off")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
+    for (above, below), label in zip(axes.T, CLASSES, strict=True):
+        rows = []
+        for split in SPLITS:
+            rows += [(split, record) for record in records[split] if record["label"] == label]
+        if rows:
+            split, record = rows[len(rows) // 2]
+            after = Image.open(out / split / new[record["id"]]["file_name"])
+            above.imshow(Image.open(record["image"]).convert("RGB"), interpolation="nearest")
+            below.imshow(after, interpolation="nearest")
+            below.set_title(record["id"], fontsize=7, pad=2)
+        above.set_title(label, fontsize=9)
+        above.axis("off")
+        below.axis("off")
+    save_figure(out / "overview.png", figure)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, default=Path("data/ct_rate_vqa"), help="01's folder (default data/ct_rate_vqa)")
-    add("--out", type=Path, help="new folder (default data/ct_rate_vqa_zoom; with --no-patch data/ct_rate_vqa_nopatch)")
-    add("--patch", type=float, default=0.4, help="patch side as a fraction of the slice's shorter side (default 0.4)")
-    add("--no-patch", action="store_true", help='draw the red box only: the "None" arm of Table 3')
-    add("--margin", type=float, default=0.25, help="added around the box, a fraction of its longer side (default 0.25)")
-    add("--border", type=float, default=0.03, help="green border as a fraction of the patch's side (default 0.03)")
-    add("--overwrite", action="store_true", help="replace what another run, or other settings, left in --out")
-    add("--workers", type=int, default=0, metavar="K", help="processes; 0 is one a core (default)")
+# ==== 4. Flags ====
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument_group("input and output").add_argument
+    add("--data", type=Path, help="01's folder (default data/ct_rate_vqa)")
+    add("--image", type=Path, metavar="FILE", help="instead of --data: one clean slice, and")
+    add("--box", type=natural, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="its lesion, in px")
+    text = "new folder (default data/ct_rate_vqa_zoom or _nopatch); with --image: a PNG file"
+    add("--out", type=Path, help=text)
+    add("--overwrite", action="store_true", help="replace what other settings left in --out")
+    add("--workers", type=natural, default=0, metavar="K", help="processes (0, default: per core)")
+    add = parser.add_argument_group("drawing, as fractions (not in the paper)").add_argument
+    add("--patch", type=fraction, default=0.4, help="its side, of the slice's shorter one (0.4)")
+    add("--no-patch", action="store_true", help='the red box only: the "None" arm of Table 3')
+    add("--margin", type=non_negative, default=0.25, help="around the box, of its long side (0.25)")
+    add("--border", type=fraction, default=0.03, help="green, of the patch's side (0.03)")
     args = parser.parse_args(argv)
-    if not (0 < args.patch <= 1 and 0 <= args.margin <= 10 and 0 < args.border < 0.5 and args.workers >= 0):
-        parser.error("--patch must be in (0, 1], --margin in [0, 10], --border in (0, 0.5), --workers 0 or more")
+    if args.patch == 0 or args.margin > 10 or not 0 < args.border < 0.5:
+        parser.error("--patch and --border begin above 0; --border ends below 0.5, --margin at 10")
+    if (args.image is None) != (args.box is None):
+        parser.error("--image and --box go together")
+    if args.image and (args.data or not args.out):
+        parser.error("--image needs --out, a file, and takes no --data")
     if args.no_patch:
         args.patch = 0.0
-    if args.out is None:
-        args.out = Path("data/ct_rate_vqa_nopatch" if args.no_patch else "data/ct_rate_vqa_zoom")
+    args.data = args.data or Path("data/ct_rate_vqa")
+    default = "data/ct_rate_vqa_nopatch" if args.no_patch else "data/ct_rate_vqa_zoom"
+    args.out = args.out or Path(default)
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    zoom = (args.patch, args.margin, args.border)
-    info = augment_dataset(args.data, args.out, *zoom, args.workers, args.overwrite)
-    print(f"{args.out}: {info['records']} records; see overview.png; next: 03_sft.py --data {args.out}")
+# ==== 5. The stage ====
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draws one picture, or builds or completes the twin of 01's folder.
+
+    It is the same bytes for any number of workers, interrupted or not. Raises BadInput.
+    """
+    zoom = {"patch": args.patch, "margin": args.margin, "border": args.border}
+    out = args.out
+    if args.image:
+        content = png_bytes(augment(open_picture(args.image), args.box, **zoom))
+        if out.exists() and not args.overwrite and read_bytes(out) != content:
+            raise BadInput(f"{out}: exists; choose another --out, or --overwrite it")
+        write_atomic(out, content)
+        print(f"{out}: the slice as the model is shown it")
+        return
+
+    if args.data.resolve().is_relative_to(out.resolve()):
+        raise BadInput(f"{out}: --out must be another folder than --data, and not around it")
+    records, info, source = read_source(args.data)
+    settings = {"script": "02_zoom_augment.py", **zoom, "source_sha256": source}
+    claim(out, settings, OUTPUTS, overwrite=args.overwrite)
+    jobs = []
+    for split in SPLITS:
+        for first in range(0, len(records[split]), CHUNK):
+            jobs.append((records[split][first : first + CHUNK], out / split, zoom))
+    new = {}
+    with closing(parallel(draw_records, jobs, args.workers, "records")) as finished:
+        for drawn in finished:
+            new |= {record["id"]: record for record in drawn}
+    for split in SPLITS:
+        lines = [json.dumps(new[record["id"]]) + "\n" for record in records[split]]
+        write_atomic(out / split / "metadata.jsonl", "".join(lines))
+        for stray in (out / split).glob("images/.tmp.*"):  # left by an interrupted run
+            stray.unlink()
+    draw_overview(records, new, out)
+    info |= {"stage": "02", "zoom": zoom}
+    write_atomic(out / "dataset_info.json", json.dumps(info, indent=1))
+    print(f"{out}: {info['records']} records; see overview.png; next: 03_sft.py --data {out}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the stage; bad input ends in one line and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
-    run_stage(run, parse_arguments(argv))
+    run_stage(lambda: draw(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Kills 03 and 04 with SIGKILL at random moments, resumes them, and compares with a run that nobody disturbed.
+"""Kills 03 and 04 with SIGKILL at random moments, resumes them, and compares with a run that nobody
+disturbed.
 
-    python benchmarks/kill_resume.py --data data/ct_rate_vqa_zoom                       20 kills each, 1 and 2 ranks
+    python benchmarks/kill_resume.py --data data/ct_rate_vqa_zoom            20 kills, 1 and 2 ranks
     python benchmarks/kill_resume.py --data data/ct_rate_vqa_zoom --kills 3 --ranks 1
 
-Every second kill waits for a checkpoint that is just being written. Final weights must be equal bit for bit, and so
-must metrics.jsonl and rollouts.jsonl but for their timing keys. Linux, CPU. The last line says how many were.
+Every second kill waits for a checkpoint that is just being written. Final weights must be equal bit
+for bit, and so must metrics.jsonl and rollouts.jsonl but for their timing keys. Linux, CPU. The
+last line says how many were.
 """
 
 import argparse
@@ -26,39 +28,53 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"seconds", "seconds_rollout", "seconds_update", "peak_memory_gib"}
 RUNS = {
     "03_sft.py": "--max-steps 12 --batch-size 4 --micro-batch 2 --save-every 2",
-    "04_grpo.py": "--model assets/tiny-qwen2.5-vl --steps 8 --prompts-per-step 2 --micro-batch 1 --max-new-tokens 10 "
-    "--save-every 1",
+    "04_grpo.py": "--model assets/tiny-qwen2.5-vl --steps 8 --prompts-per-step 2 --micro-batch 1 "
+    "--max-new-tokens 10 --save-every 1",
 }
 
 
 def start(script: str, data: Path, out: Path, ranks: int, *flags: str) -> subprocess.Popen:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, script, "--data", str(data), "--out", str(out), *RUNS[script].split(), *flags]
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, cwd=ROOT, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Starts a run of RUNS on its own or under torchrun."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [script, "--data", str(data), "--out", str(out), *RUNS[script].split(), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen) -> None:
-    said = process.communicate()[0]
+    """Waits for the end of a run. Raises RuntimeError when it fails."""
+    output = process.communicate()[0]
     if process.returncode:
-        raise RuntimeError(f"{process.args} ended with {process.returncode}:\n{said}")
+        raise RuntimeError(f"{process.args} ended with {process.returncode}:\n{output}")
 
 
 def kill(out: Path) -> None:
-    """SIGKILL for every process that has `out` on its command line: torchrun's workers outlive torchrun."""
+    """SIGKILL for every process that names `out`: torchrun's workers outlive torchrun."""
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has just ended
             if str(out).encode() in entry.read_bytes().split(b"\0"):
                 os.kill(int(entry.parent.name), signal.SIGKILL)
 
 
-def interrupted_run(script: str, data: Path, out: Path, ranks: int, delay: float, writing: int = 0) -> bool:
-    """Starts a run, kills it `delay` seconds after its start, or after it has begun its `writing`-th checkpoint, and
-    resumes it to its end. False when it had ended before."""
-    process, seen, there = start(script, data, out, ranks), 0, False
-    while seen < writing and process.poll() is None:
+def interrupted_run(
+    script: str, data: Path, out: Path, ranks: int, delay: float, writing: int = 0
+) -> bool:
+    """Starts a run, kills it `delay` seconds after its start, or after it has begun its
+    `writing`-th checkpoint, and resumes it to its end. False when it had ended before."""
+    process = start(script, data, out, ranks)
+    begun, there = 0, False
+    while begun < writing and process.poll() is None:
         before, there = there, (out / ".checkpoint.tmp").exists()
-        seen += there and not before
+        begun += there and not before
         time.sleep(0.0005)
     end = time.monotonic() + delay
     while time.monotonic() < end and process.poll() is None:
@@ -70,39 +86,50 @@ def interrupted_run(script: str, data: Path, out: Path, ranks: int, delay: float
     return alive
 
 
-def results(out: Path) -> tuple:
-    """What must be equal: the final weights' bytes, and all rows of the logs without their timing keys."""
-    rows = [[{key: value for key, value in json.loads(line).items() if key not in TIMES}
-             for line in path.read_text().splitlines()] for path in sorted(out.glob("*.jsonl"))]  # fmt: skip
+def results(out: Path) -> tuple[bytes, list[dict]]:
+    """What must be equal: the final weights' bytes, and all rows of the logs but for TIMES."""
+    rows = []
+    for path in sorted(out.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            rows.append({key: value for key, value in row.items() if key not in TIMES})
     return (out / "model.safetensors").read_bytes(), rows
 
 
+def count_equal(script: str, ranks: int, args: argparse.Namespace, folder: Path, rng) -> int:
+    """How many of --kills killed and resumed runs equal the undisturbed one."""
+    data, undisturbed = args.data.resolve(), folder / f"undisturbed-{script}-{ranks}"
+    began = time.monotonic()
+    finish(start(script, data, undisturbed, ranks))
+    seconds, equal = time.monotonic() - began, 0
+    for i in tqdm(range(args.kills), desc=f"{script}, ranks: {ranks}"):
+        out, killed = folder / "killed", False
+        while not killed:  # a moment after the end is drawn again
+            shutil.rmtree(out, ignore_errors=True)
+            writing = rng.randint(1, 5) if i % 2 else 0
+            delay = rng.uniform(0, 0.05 if writing else seconds)
+            killed = interrupted_run(script, data, out, ranks, delay, writing)
+        equal += results(out) == results(undisturbed)
+    print(f"{script}, ranks: {ranks}: {equal} of {args.kills} equal")
+    return equal
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="02's folder")
-    parser.add_argument("--kills", type=int, default=20, help="of each script with each number of ranks (%(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="02's folder")
+    add("--kills", type=int, default=20, help="of each script with each number of ranks (20)")
+    add("--ranks", type=int, nargs="+", default=[1, 2])
+    add("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
-    rng, equal, kills = random.Random(args.seed), 0, 0
+    rng, equal = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         for script in RUNS:
             for ranks in args.ranks:
-                undisturbed, began = Path(folder) / "undisturbed", time.monotonic()
-                finish(start(script, args.data.resolve(), undisturbed, ranks))
-                seconds, good = time.monotonic() - began, 0
-                for i in tqdm(range(args.kills), desc=f"{script}, {ranks} rank{'s' * (ranks > 1)}"):
-                    out, killed = Path(folder) / "killed", False
-                    while not killed:  # a moment after the end is drawn again
-                        shutil.rmtree(out, ignore_errors=True)
-                        writing = rng.randint(1, 5) if i % 2 else 0
-                        delay = rng.uniform(0, 0.05 if writing else seconds)
-                        killed = interrupted_run(script, args.data.resolve(), out, ranks, delay, writing)
-                    good += results(out) == results(undisturbed)
-                    shutil.rmtree(out)
-                print(f"{script}, {ranks} rank{'s' * (ranks > 1)}: {good} of {args.kills} equal")
-                equal, kills = equal + good, kills + args.kills
-                shutil.rmtree(undisturbed)
+                equal += count_equal(script, ranks, args, Path(folder), rng)
+    kills = len(RUNS) * len(args.ranks) * args.kills
     print(f"{equal} of {kills} killed and resumed runs equal the undisturbed one bit for bit")
     sys.exit(equal < kills)
 

@@ -1,7 +1,8 @@
-"""What the notebooks share: the miniature's commands, how to run one quietly, how to show a picture or a table.
+"""What the notebooks share: the miniature's commands, how to run and how to show them.
 
-The lessons build on each other through the folder notebooks/runs/ (git-ignored): `run` makes a part of it unless an
-earlier lesson has. Importing this module moves to the repository's top, where the scripts are.
+The lessons build on each other through the folder notebooks/runs/ (git-ignored): `run` makes a part
+of it unless an earlier lesson has. Importing this module moves to the repository's top, where the
+scripts are.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave a shared core to others
+# Before torch is imported: idle threads leave a shared core to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in notebooks
 warnings.filterwarnings("ignore", message="IProgress not found")
 
@@ -30,8 +32,8 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 WORK = Path("notebooks/runs")
 BASE = "assets/tiny-qwen2.5-vl"
-# The whole miniature: name of the output folder -> script and flags. Seed 8 is the course's own: the shipped base saw
-# the phantoms of seed 1000, the README's table is about seeds 0 and 1.
+# The whole miniature: name of the output folder -> script and flags. Seed 8 is the course's own:
+# the shipped base saw the phantoms of seed 1000, the README's table is about seeds 0 to 2.
 COMMANDS = {
     "slices": ("01_make_dataset", "--phantoms 160 --seed 8 --workers 1"),
     "zoom": ("02_zoom_augment", f"--data {WORK}/slices --workers 1"),
@@ -46,7 +48,7 @@ LAST_FILE = ("dataset_info.json", "config.json", "table.md")  # what a stage wri
 
 
 def stage(script: str, *flags: str, quiet: bool = False) -> None:
-    """Runs a numbered script in this process, as `python <script>.py <flags>` would, without its progress bars.
+    """Runs a numbered script in this process, as `python <script>.py <flags>`, without its bars.
 
     `quiet` also hides what it prints: 05's tables, which a lesson shows from table.md.
     """
@@ -60,7 +62,7 @@ def stage(script: str, *flags: str, quiet: bool = False) -> None:
 
 
 def run(name: str) -> Path:
-    """The folder of the command `name` (a key of COMMANDS), made now, with what it needs, unless it is there."""
+    """The folder of the command `name` in COMMANDS; it and what it needs are made if missing."""
     folder, (script, flags) = WORK / name, COMMANDS[name]
     if any((folder / file).exists() for file in LAST_FILE):
         print(f"{folder}: made before; delete it to make it again")
@@ -73,7 +75,7 @@ def run(name: str) -> Path:
 
 
 def show(path: Path, width: int = 1000) -> Displayed:
-    """A picture file as a cell's output, at most `width` px wide, in 128 colours: notebooks stay small."""
+    """A picture file as a cell's output, at most `width` px wide, in 128 colours: small."""
     picture = Image.open(path).convert("RGB")
     picture.thumbnail((width, width))
     buffer = io.BytesIO()
@@ -83,13 +85,19 @@ def show(path: Path, width: int = 1000) -> Displayed:
 
 def table(header: list, rows: list) -> Markdown:
     """A Markdown table; floats are shown with three decimals."""
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return Markdown("\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]]))
+    lines = []
+    for row in [header, *rows]:
+        cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.insert(1, "|---" * len(header) + "|")
+    return Markdown("\n".join(lines))
 
 
 def grade(*checks: Callable[[], None]) -> None:
-    """Runs an exercise's checks, one point each: a check that raises shows its hint. AssertionError unless all pass."""
+    """Runs an exercise's checks, one point each; one that raises shows its hint.
+
+    Raises AssertionError unless all pass.
+    """
     passed = 0
     for check in checks:
         try:

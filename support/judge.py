@@ -1,83 +1,96 @@
-"""Which class does a thinking, read alone, make most probable? Two judges for reasoning-answer consistency (Fig. 3).
+"""Which class does reasoning, read alone, make most probable? Two judges for Fig. 3's consistency.
 
-The keyword judge (offline, the default) counts words. It applies the phantoms' own rule from looks to class
-(support/phantom.py, LOOKS) to the looks that a thinking names. It can show whether model answers follow what they say
-they see. It cannot show that an answer came from the thinking, nor judge an argument: it reads words, not sentences.
-The paper's judge is a language model, `language_judge`.
+The keyword judge (offline, the default) counts words. It applies the phantoms' own rule from looks
+to class (support/phantom.py, LOOKS) to the looks that the reasoning names. It can show whether a
+model's answers follow what it says it sees. It cannot show that an answer results from the
+reasoning, nor judge an argument: it reads words, not sentences. The paper's judge is a language
+model, `language_judge`.
 """
 
 import re
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewards import CLASSES
 from support import vlm
 
-# Class -> words that name it or its sign (2 points each) and words that only lean to it (1 point).
-KEYWORDS = {
-    "Airway abnormalities": ("airway, airways, bronchiectasis, bronchial, tram track, ringed, rings", "tubular"),
-    "Consolidation/atelectasis": ("consolidation, atelectasis, collapse, air bronchogram", "solid, patchy, dense"),
-    "Emphysema": ("emphysema, emphysematous, bulla, bullae, holed, holes", "low attenuation, lucent"),
-    "Fibrosis-related changes": ("fibrosis, fibrotic, reticular, reticulation, honeycombing, septal, meshed", "lines"),
-    "Ground-glass opacity": ("ground glass, hazy, veil", "faint"),
-    "Pleural effusion/thickening": ("pleural, pleura, effusion, fluid", "solid, band, crescent"),
-    "Pulmonary nodules/masses": ("nodule, nodules, nodular, mass, masses", "solid, round, spherical"),
-}
+# Of each class in turn: words that name it or its sign, 2 points; words that lean to it, 1 point.
+KEYWORDS = (
+    ("airway, airways, bronchiectasis, bronchial, tram track, ringed, rings", "tubular"),
+    ("consolidation, atelectasis, collapse, air bronchogram", "solid, patchy, dense"),
+    ("emphysema, emphysematous, bulla, bullae, holed, holes", "low attenuation, lucent"),
+    ("fibrosis, fibrotic, reticular, reticulation, honeycombing, septal, meshed", "lines"),
+    ("ground glass, hazy, veil", "faint"),
+    ("pleural, pleura, effusion, fluid", "solid, band, crescent"),
+    ("nodule, nodules, nodular, mass, masses", "solid, round, spherical"),
+)
 # What is denied, up to the next stop, comma or "but", is dropped.
-NEGATED = re.compile(r"\b(?:no|not|without|absence of|rather than)\b.*?(?=[.,;]|\bbut\b|$)", re.DOTALL)
+NEGATED = r"\b(?:no|not|without|absence of|rather than)\b.*?(?=[.,;]|\bbut\b|$)"
 PROMPT = (
-    "This is a radiologist's reasoning about a lesion on a chest CT slice:\n\n{}\n\nWhich one of these diagnoses does "
-    "the reasoning alone make most probable? " + "; ".join(CLASSES) + ". Answer with that one option only."
+    "This is a radiologist's reasoning about a lesion on a chest CT slice:\n\n{}\n\n"
+    "Which one of these diagnoses does the reasoning alone make most probable? "
+    + "; ".join(CLASSES)
+    + ". Answer with that one option only."
 )
 REPLY_TOKENS = 1024  # a reasoning judge thinks first
 
 
-def keyword_judge(thinking: str) -> str | None:
-    """The class with the most points of KEYWORDS, a word counting once; None for a tie or no word at all."""
-    text = f" {re.sub('[^a-z]+', ' ', NEGATED.sub(' ', thinking.casefold()))} "
-    points = {
-        label: sum(f" {word} " in text for words in (names, names, leans) for word in words.split(", "))
-        for label, (names, leans) in KEYWORDS.items()
-    }
+def keyword_judge(reasoning: str) -> str | None:
+    """The class with most points of KEYWORDS, a word counting once; None for a tie or no word."""
+    claims = re.sub(NEGATED, " ", reasoning.casefold(), flags=re.DOTALL)
+    text = f" {re.sub('[^a-z]+', ' ', claims)} "
+    points = {}
+    for label, (names, leans) in zip(CLASSES, KEYWORDS, strict=True):
+        named = sum(f" {word} " in text for word in names.split(", "))
+        leaning = sum(f" {word} " in text for word in leans.split(", "))
+        points[label] = 2 * named + leaning
     best, second = sorted(points.values(), reverse=True)[:2]
     return max(points, key=points.get) if best > second else None
 
 
 def last_class(reply: str) -> str | None:
-    """The class whose name stands last in a judge's reply, in any case; None when it names none."""
-    place, label = max((reply.casefold().rfind(label.casefold()), label) for label in CLASSES)
+    """The class whose name stands last in a judge's reply, in any case; None when there is none."""
+    text = reply.casefold()
+    place, label = max((text.rfind(label.casefold()), label) for label in CLASSES)
     return label if place >= 0 else None
 
 
 def language_judge(name: str, device: torch.device) -> Callable[[list[str]], list[str | None]]:
-    """A causal language model of the hub or a folder as a judge of texts: PROMPT, greedy, the last class it names.
+    """A causal language model (folder or hub id) as a judge: PROMPT, greedy, the last class named.
 
-    A reply that is cut off at REPLY_TOKENS or names no class gives None. Raises BadInput when it cannot be loaded.
+    The judge takes texts and gives a class per text: None where the reply is cut off at
+    REPLY_TOKENS or names no class. Raises BadInput when the model cannot be loaded.
     """
-    tokenizer = vlm.pretrained(AutoTokenizer, name)
-    model = vlm.pretrained(AutoModelForCausalLM, name, dtype="auto", use_safetensors=True).to(device).eval()
+    tokenizer = vlm.pretrained("AutoTokenizer", name)
+    model = vlm.pretrained("AutoModelForCausalLM", name, dtype="auto", use_safetensors=True)
+    model = model.to(device).eval()
     stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [tokenizer.eos_token_id if stops is None else stops]
-    tokenizer.pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if not isinstance(stops, list):
+        stops = [tokenizer.eos_token_id if stops is None else stops]
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = stops[0]
     chat = tokenizer.chat_template is not None
+    limits = {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+
+    def prompt(text: str) -> str:
+        turns = [{"role": "user", "content": PROMPT.format(text)}]
+        if not chat:
+            return turns[0]["content"]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     @torch.no_grad()
     def judge(texts: list[str]) -> list[str | None]:
-        prompts = [PROMPT.format(text) for text in texts]
-        if chat:
-            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        batch = tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
-        ).to(device)
-        out = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **vlm.GREEDY,
-            max_new_tokens=REPLY_TOKENS, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
-        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
-        replies = tokenizer.batch_decode(out, skip_special_tokens=True)
-        ended = [any(stop in row for stop in stops) for row in out.tolist()]
-        return [last_class(reply) if end else None for reply, end in zip(replies, ended, strict=True)]
+        padding = {"padding": True, "padding_side": "left", "add_special_tokens": not chat}
+        batch = tokenizer([prompt(text) for text in texts], return_tensors="pt", **padding)
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)  # [B, T]
+        form = vlm.GREEDY | limits | {"max_new_tokens": REPLY_TOKENS}
+        out = model.generate(input_ids=ids, attention_mask=mask, **form)
+        verdicts = []
+        for row in out[:, ids.shape[1] :].tolist():
+            ended = any(stop in row for stop in stops)
+            reply = tokenizer.decode(row, skip_special_tokens=True)
+            verdicts.append(last_class(reply) if ended else None)
+        return verdicts
 
     return judge

@@ -1,8 +1,9 @@
-"""Reads gzipped NIfTI-1 volumes as a stream: each file is inflated once, and nothing is converted to float64.
+"""Reads gzipped NIfTI-1 volumes as a stream: each file is inflated once, nothing becomes float64.
 
-A NIfTI-1 file is a 348-byte header, then the voxels in Fortran order: the first axis runs fastest, so the file is a
-row of slabs along its last axis. nibabel reads the header here; the voxels are read slab by slab, because its
-`get_fdata()` makes a 512x512x300 CT 630 MB large, and slicing a gzipped array inflates the file again for every slice.
+A NIfTI-1 file is a 348-byte header, then the voxels in Fortran order: the first axis runs fastest,
+so the file is a row of slabs along its last axis. nibabel reads the header; the voxels are read
+slab by slab, because its `get_fdata()` makes a 512x512x300 CT 630 MB large, and slicing a gzipped
+array inflates the file again for every slice.
 """
 
 import gzip
@@ -21,14 +22,15 @@ from nibabel.wrapstruct import WrapStructError
 
 from support.files import BadInput, check_regular
 
-_SILENT = logging.Logger("nifti", logging.CRITICAL)  # nibabel would report every header field that it repairs
-_DEFLATE = 1032  # the largest factor by which gzip can shrink data: a header that asks for more is lying
+_SILENT = logging.Logger("nifti", logging.CRITICAL)  # nibabel reports each field that it repairs
+_DEFLATE = 1032  # gzip's largest factor: a header that asks for more than that is lying
 _READ_ERRORS = (OSError, EOFError, zlib.error)  # gzip.BadGzipFile is an OSError
+_HEADER_ERRORS = (HeaderDataError, WrapStructError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
 class Nifti:
-    """A checked header: value = slope * stored + inter, and `affine` maps voxel indices to RAS+ millimetres."""
+    """A checked header."""
 
     path: Path
     shape: tuple[int, ...]
@@ -36,11 +38,17 @@ class Nifti:
     offset: int  # bytes before the first voxel
     slope: float
     inter: float
-    affine: np.ndarray | None  # [4, 4]; None when the header does not say how the patient lies
+    affine: np.ndarray | None  # [4, 4], voxel indices to RAS+ mm; None: the header does not say
+
+    def scale(self, stored: np.ndarray) -> np.ndarray:
+        """The values that stored numbers stand for, slope * stored + inter: in a CT, HU."""
+        if (self.slope, self.inter) == (1, 0):
+            return stored
+        return stored * self.slope + self.inter
 
 
 def read_header(path: Path) -> Nifti:
-    """The header of a .nii.gz file. Raises BadInput when it is missing or corrupt, or cannot be true of this file."""
+    """The header of a .nii.gz file. Raises BadInput when it is corrupt or cannot be true of it."""
     try:
         check_regular(path)
         with gzip.open(path) as stream:
@@ -48,29 +56,35 @@ def read_header(path: Path) -> Nifti:
         if header["sizeof_hdr"] != 348:
             raise HeaderDataError("its first number, the header's size, is not 348")
         header.check_fix(logger=_SILENT)
-        shape, dtype = header.get_data_shape(), header.get_data_dtype()
+        shape = header.get_data_shape()
+        dtype = header.get_data_dtype()
         slope, inter = header.get_slope_inter()
         offset = int(header["vox_offset"])
         oriented = bool(header["sform_code"] or header["qform_code"])
         affine = np.array(header.get_best_affine(), dtype=float) if oriented else None
-    except (*_READ_ERRORS, HeaderDataError, WrapStructError, ValueError, OverflowError) as error:
+    except (*_READ_ERRORS, *_HEADER_ERRORS) as error:
         raise BadInput(f"{path}: no readable NIfTI-1 header: {error}") from error
-    if header["magic"].item() != b"n+1" or dtype.kind not in "iuf" or offset < 348 or min(shape, default=0) < 1:
-        raise BadInput(f"{path}: not a NIfTI-1 file of real numbers (type {dtype}, shape {shape}, offset {offset})")
+    real = header["magic"].item() == b"n+1" and dtype.kind in "iuf"
+    if not real or offset < 348 or min(shape, default=0) < 1:
+        found = f"type {dtype}, shape {shape}, offset {offset}"
+        raise BadInput(f"{path}: not a NIfTI-1 file of real numbers ({found})")
     if np.isinf(float(header["scl_slope"])):  # NaN and 0 mean "not scaled"
         raise BadInput(f"{path}: non-finite values: scl_slope is infinite")
-    claimed, size = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
+    claimed = offset + math.prod(shape) * dtype.itemsize
+    size = path.stat().st_size
     if claimed > size * _DEFLATE:
-        raise BadInput(f"{path}: the header's shape {shape} asks for {claimed:,} bytes, but the file has only {size:,}")
+        claim = f"the header's shape {shape} asks for {claimed:,} bytes"
+        raise BadInput(f"{path}: {claim}, but the file has only {size:,}")
     if slope is None:
         slope, inter = 1.0, 0.0
     return Nifti(path, shape, dtype, offset, slope, inter, affine)
 
 
 def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
-    """Yields the stored numbers slab by slab along the last axis, each of shape `nifti.shape[:-1]`, read-only.
+    """Yields the stored numbers slab by slab along the last axis, each of `nifti.shape[:-1]`.
 
-    Raises BadInput when the file is shorter or longer than its header says, fails its checksum, or holds NaN or inf.
+    The slabs are read-only. Raises BadInput when the file is shorter or longer than its header
+    says, fails its checksum, or holds NaN or infinity.
     """
     shape = nifti.shape[:-1]
     size = math.prod(shape) * nifti.dtype.itemsize
@@ -92,23 +106,28 @@ def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
 
 
 def picture_planes(
-    slabs: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, axis: int | None, transform: np.ndarray
+    slabs: Iterable[np.ndarray], shape: tuple[int, ...], axis: int | None, transform: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (slice, [row, column, finding]) from the `slabs` of a file of `shape`; `dtype` is that of the slabs.
+    """Yields (slice, [row, column, finding]) from the `slabs` of a file of `shape`.
 
-    `axis` is the file's finding axis (None: it has none) and `transform` turns the others into [slice, row, column].
-    Where a slab is a slice, as in CT-RATE's files, only one is held at a time; otherwise the whole volume is.
+    `axis` is the file's finding axis (None: it has none); `transform` turns the others into
+    [slice, row, column]. Where a slab is a slice, as in CT-RATE's files, only one is held at a
+    time; otherwise the whole volume is.
     """
 
     def turn(block: np.ndarray) -> np.ndarray:  # file axes -> [slice, row, column, finding]
-        return apply_orientation(block[..., None] if axis is None else np.moveaxis(block, axis, -1), transform)
+        last = block[..., None] if axis is None else np.moveaxis(block, axis, -1)
+        return apply_orientation(last, transform)
 
     target, direction = transform[-1]
-    if axis != 3 and target == 0:
-        for i, slab in enumerate(slabs):
-            yield (i if direction > 0 else shape[-1] - 1 - i), turn(slab[..., None])[0]
-        return
-    whole = np.empty(shape, dtype, order="F")
+    whole = None
     for i, slab in enumerate(slabs):
+        if axis != 3 and target == 0:
+            k = i if direction > 0 else shape[-1] - 1 - i
+            yield k, turn(slab[..., None])[0]
+            continue
+        if whole is None:
+            whole = np.empty(shape, slab.dtype, order="F")
         whole[..., i] = slab
-    yield from enumerate(turn(whole))
+    if whole is not None:
+        yield from enumerate(turn(whole))

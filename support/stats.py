@@ -3,28 +3,35 @@
 import numpy as np
 
 
-def bootstrap(values: np.ndarray, clusters: list, kinds: list | None = None, draws: int = 1000) -> dict:
-    """Means with 95 % bootstrap intervals: over all values, and with `kinds` also by kind and over the kinds' means.
+def bootstrap(
+    values: np.ndarray, clusters: list, kinds: list | None = None, draws: int = 1000
+) -> dict:
+    """The mean of `values` and its 95 % bootstrap interval: {"mean", "interval_95": [low, high]}.
 
-    Clusters (patients) are drawn, not values, since one person's slices are alike. For two models on the same items,
-    `values` are the items' differences: that is the paired bootstrap.
+    Clusters (patients) are drawn, not values, since one person's slices are alike. For two models
+    on the same items, `values` are the items' differences: that is the paired bootstrap. With
+    `kinds` (one per value) also "kinds", the same by kind, and "macro", of the mean over kinds.
     """
-    _, cluster = np.unique([str(c) for c in clusters], return_inverse=True)
-    names, kind = np.unique(kinds if kinds is not None else np.zeros(len(values)), return_inverse=True)
-    hits, sizes = (np.zeros((cluster.max() + 1, len(names))) for _ in range(2))  # [clusters, kinds]
-    np.add.at(hits, (cluster, kind), values)
-    np.add.at(sizes, (cluster, kind), 1)
-    drawn = np.random.default_rng(0).multinomial(len(hits), np.full(len(hits), 1 / len(hits)), draws)
-    weights = np.concatenate([np.ones((1, len(hits))), drawn])  # the first row: the sample itself
-    hits, sizes = weights @ hits, weights @ sizes  # [1 + draws, kinds]
-    share = np.divide(hits, sizes, out=np.full_like(hits, np.nan), where=sizes > 0)
+    clusters = [str(cluster) for cluster in clusters]
+    _, rows = np.unique(clusters, return_inverse=True)
+    names, columns = np.unique(
+        ["all"] * len(values) if kinds is None else kinds, return_inverse=True
+    )
+    count = rows.max() + 1
+    sums, sizes = np.zeros((2, count, len(names)))  # [clusters, kinds] each
+    np.add.at(sums, (rows, columns), values)
+    np.add.at(sizes, (rows, columns), 1)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
+    weights = np.concatenate([np.ones((1, count)), drawn])  # the first row: the sample itself
+    sums, sizes = weights @ sums, weights @ sizes  # [1 + draws, kinds]
+    means = np.divide(sums, sizes, out=np.full_like(sums, np.nan), where=sizes > 0)
 
     def interval(column: np.ndarray) -> dict:
         low, high = np.nanpercentile(column[1:], [2.5, 97.5])
         return {"mean": float(column[0]), "interval_95": [float(low), float(high)]}
 
-    result = interval(hits.sum(1) / sizes.sum(1))
+    result = interval(sums.sum(1) / sizes.sum(1))
     if kinds is not None:
-        result |= {"macro": interval(np.nanmean(share, 1)),
-                   "kinds": {str(name): interval(share[:, k]) for k, name in enumerate(names)}}  # fmt: skip
+        result["macro"] = interval(np.nanmean(means, 1))
+        result["kinds"] = {str(name): interval(means[:, i]) for i, name in enumerate(names)}
     return result

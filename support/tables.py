@@ -1,123 +1,165 @@
 """What 05_eval.py shows of its metrics: tables (for table.md and report.html) and pictures."""
 
-import io
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import rewards
-from support.files import open_picture, write_atomic
+from support.files import open_picture
+from support.log import save_figure
 
 SETS = {"skill": "attribute questions", "chartqa": "ChartQA", "textvqa": "TextVQA"}
 
 
+class Table(NamedTuple):
+    """A table of texts; the first row is the header."""
+
+    caption: str
+    note: str
+    rows: list[list[str]]
+
+
 def percent(value: float | None, interval: list[float] | None = None) -> str:
+    """A share in %, with its interval in brackets; empty when there is none."""
     shown = "" if value is None else f"{100 * value:.1f}"
-    return f"{shown} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if shown and interval else shown
+    if interval is None:
+        return shown
+    return f"{shown} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
 
-def tables(metrics: dict) -> list[tuple[str, str, list[list[str]]]]:
-    """Caption, note and rows (the header first) of each table; accuracies in % with 95 % intervals."""
-    models = metrics["models"]
-    heads = [(name, mode) for name, model in models.items() for mode in model["modes"]]
-    cells = {(name, mode): models[name]["modes"][mode] for name, mode in heads}
-    first = [["model", "parameters", "prompt", "accuracy %", "macro %", "invalid %", "format %"]]
-    for (name, mode), m in cells.items():
-        size = f"{models[name]['parameters'] / 1e6:,.1f} M"
-        first.append([name, size, mode, percent(m["accuracy"], m["interval_95"]),
-                      percent(m["macro_accuracy"], m["macro_interval_95"]), percent(m["invalid"]),
-                      percent(m["format"]) if mode == "think" else ""])  # fmt: skip
-    common, chance = metrics["commonest_class"], percent(1 / len(rewards.CLASSES))
-    seen = percent(1 / sum(value is not None for value in next(iter(cells.values()))["per_class"].values()))
-    first += [["chance", "", "", chance, chance, "", ""],
-              [f"always {common['name']}", "", "", percent(common["share"]), seen, "", ""]]  # fmt: skip
-    note = f"Greedy, n = {metrics['n']}; in brackets the 95 % interval of a bootstrap over patients."
-    result = [("Accuracy with and without thinking (Table 1)", note, first)]
-    by_class = [["class", *(f"{name} {mode}" for name, mode in heads)]]
-    by_class += [[name, *(percent(m["per_class"][name]) for m in cells.values())] for name in rewards.CLASSES]
-    result.append(("Accuracy by class, % (Fig. 1d)", "", by_class))
-    judgements = [(name, m["judge"]) for (name, _), m in cells.items() if "judge" in m]
-    if judgements:
-        rows = [[name, percent(j["consistency"], j.get("interval_95")), percent(j["coverage"]), percent(j["right"])]
-                for name, j in judgements]  # fmt: skip
-        note = (f"Judge: {metrics['judge']}; it reads the thinking alone. Coverage: answers whose thinking it gives a "
-                "class. Of those: answers equal to that class, and classes equal to the truth.")  # fmt: skip
-        header = ["model", "consistency %", "coverage %", "judge right %"]
-        result.append(("Reasoning and answer agree (Fig. 3)", note, [header, *rows]))
-    general = {name: model["general"] for name, model in models.items() if model["general"]}
-    if general:
-        sets = next(iter(general.values()))
-        header, rows = ["model"], [[name] for name in general]
-        for key in sets:
-            header += [f"{SETS[key]} % (n = {sets[key]['n']})", *(f"{part} %" for part in sets[key]["parts"])]
-            for row, own in zip(rows, general.values(), strict=True):
-                row += [percent(own[key]["mean"], own[key]["interval_95"])]
-                row += [percent(part["mean"]) for part in own[key]["parts"].values()]
-        if {"chartqa", "textvqa"} & set(sets):
-            header.append("weighted average %")
-            for row in rows:
-                row.append(percent(models[row[0]]["weighted_average"]))
-        note = "Think and answer tags are stripped before scoring. The average is that of ChartQA and TextVQA."
-        result.append(("General skill (Table 2)", note, [header, *rows]))
+def tables(metrics: dict) -> list[Table]:
+    """The tables of metrics.json's content; accuracies in % with 95 % intervals."""
+    result = [_accuracy(metrics), _by_class(metrics["models"])]
+    if any("think" in model["modes"] for model in metrics["models"].values()):
+        result.append(_agreement(metrics))
+    if any(model["general"] for model in metrics["models"].values()):
+        result.append(_general(metrics["models"]))
     if metrics["paired"]:
-        rows = [[*map(" ".join, (d["from"], d["to"])), percent(d["mean"], d["interval_95"])] for d in metrics["paired"]]
-        note = "Percentage points, second minus first; an interval without 0 is a difference beyond chance."
-        result.append(("Differences on the same items", note, [["first", "second", "difference"], *rows]))
+        result.append(_differences(metrics["paired"]))
     return result
 
 
-def markdown(shown: list[tuple[str, str, list[list[str]]]]) -> str:
-    """`tables` as Markdown."""
+def _accuracy(metrics: dict) -> Table:
+    rows = [["model", "parameters", "prompt", "accuracy %", "macro %", "invalid %", "format %"]]
+    for name, model in metrics["models"].items():
+        size = f"{model['parameters'] / 1e6:,.1f} M"
+        for mode, m in model["modes"].items():
+            accuracy = percent(m["accuracy"], m["interval_95"])
+            macro = percent(m["macro_accuracy"], m["macro_interval_95"])
+            form = percent(m["format"]) if mode == "think" else ""
+            rows.append([name, size, mode, accuracy, macro, percent(m["invalid"]), form])
+    chance, common = percent(1 / len(rewards.CLASSES)), metrics["commonest_class"]
+    rows.append(["chance", "", "", chance, chance, "", ""])
+    present = [share for share in m["per_class"].values() if share is not None]  # alike in all
+    one, macro = percent(common["share"]), percent(1 / len(present))
+    rows.append([f"always {common['name']}", "", "", one, macro, "", ""])
+    note = "in brackets the 95 % interval of a bootstrap over patients."
+    note = f"Greedy, n = {metrics['n']}; {note}"
+    return Table("Accuracy with and without thinking (Table 1)", note, rows)
+
+
+def _by_class(models: dict) -> Table:
+    rows = [["class"], *([name] for name in rewards.CLASSES)]
+    for name, model in models.items():
+        for mode, m in model["modes"].items():
+            rows[0].append(f"{name} {mode}")
+            for row in rows[1:]:
+                row.append(percent(m["per_class"][row[0]]))
+    return Table("Accuracy by class, % (Fig. 1d)", "", rows)
+
+
+def _agreement(metrics: dict) -> Table:
+    rows = [["model", "consistency %", "coverage %", "judge right %"]]
+    for name, model in metrics["models"].items():
+        m = model["modes"]["think"]["judge"]
+        consistency = percent(m["consistency"], m.get("interval_95"))
+        rows.append([name, consistency, percent(m["coverage"]), percent(m["right"])])
+    note = (
+        f"Judge: {metrics['judge']}; it reads the thinking alone. Coverage: answers whose thinking "
+    )
+    note += (
+        "it gives a class. Of those: answers equal to that class, and classes equal to the truth."
+    )
+    return Table("Reasoning and answer agree (Fig. 3)", note, rows)
+
+
+def _general(models: dict) -> Table:
+    rows = []
+    for name, model in models.items():
+        header, row = ["model"], [name]
+        for key, m in model["general"].items():
+            header.append(f"{SETS[key]} % (n = {m['n']})")
+            row.append(percent(m["mean"], m["interval_95"]))
+            header += [f"{part} %" for part in m["parts"]]
+            row += [percent(part["mean"]) for part in m["parts"].values()]
+        if model["weighted_average"] is not None:
+            header.append("weighted average %")
+            row.append(percent(model["weighted_average"]))
+        rows.append(row)
+    note = "Think and answer tags are stripped before scoring. "
+    note += "The average is that of ChartQA and TextVQA."
+    return Table("General skill (Table 2)", note, [header, *rows])
+
+
+def _differences(paired: list[dict]) -> Table:
+    rows = [["first", "second", "difference"]]
+    for d in paired:
+        difference = percent(d["mean"], d["interval_95"])
+        rows.append([" ".join(d["from"]), " ".join(d["to"]), difference])
+    note = "Percentage points, second minus first; "
+    note += "an interval without 0 is a difference beyond chance."
+    return Table("Differences on the same items", note, rows)
+
+
+def markdown(shown: list[Table]) -> str:
+    """Tables as Markdown."""
     parts = []
-    for caption, note, (header, *rows) in shown:
-        lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-        lines.insert(1, "|---" * len(header) + "|")
+    for caption, note, rows in shown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|---" * len(rows[0]) + "|")
         parts.append("\n".join([f"**{caption}.** {note}".strip(), "", *lines, ""]))
     return "\n".join(parts)
 
 
-def save(path: Path, figure) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    write_atomic(path, buffer.getvalue())
-
-
 def plot_confusion(path: Path, models: dict) -> None:
-    """One confusion matrix a model and mode: truth down, answer across, shares of the truth's row in per cent."""
-    from matplotlib.figure import Figure
+    """One confusion matrix per model and mode: truth down, answer across, % of the truth's row."""
+    from matplotlib.figure import Figure  # here: it takes most of a second to import
 
-    modes = list(next(iter(models.values()))["modes"])
-    figure = Figure(figsize=(4.6 * len(models), 4.4 * len(modes)), layout="constrained")
-    axes = figure.subplots(len(modes), len(models), squeeze=False)
+    height, width = len(next(iter(models.values()))["modes"]), len(models)
+    figure = Figure(figsize=(4.6 * width, 4.4 * height), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
     short = [name.split("/")[0].split()[0].split("-")[0] for name in rewards.CLASSES]
     for column, (name, model) in enumerate(models.items()):
-        for line, mode in enumerate(modes):
-            counts, axis = np.array(model["modes"][mode]["confusion"]), axes[line, column]
+        for line, (mode, m) in enumerate(model["modes"].items()):
+            counts, axis = np.array(m["confusion"]), axes[line, column]
             share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
             axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
             for (y, x), value in np.ndenumerate(share):
-                axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color="w" if value > 55 else "k")
-            axis.set_xticks(range(len(short) + 1), [*short, "invalid"], rotation=45, ha="right", fontsize=7)
-            axis.set_yticks(range(len(short)), short, fontsize=7)
-            axis.set_title(f"{name}, {mode}: {100 * model['modes'][mode]['accuracy']:.1f} %", fontsize=9)
-    save(path, figure)
+                look = {"ha": "center", "va": "center", "color": "w" if value > 55 else "k"}
+                axis.text(x, y, f"{value:.0f}", fontsize=7, **look)
+            axis.set_xticks(range(8), [*short, "invalid"], rotation=45, ha="right", fontsize=7)
+            axis.set_yticks(range(7), short, fontsize=7)
+            axis.set_title(f"{name}, {mode}: {100 * m['accuracy']:.1f} %", fontsize=9)
+    save_figure(path, figure)
 
 
-def plot_examples(path: Path, rows: list[dict], records: list[dict]) -> None:
-    """The first record of each of four classes: the picture, and what the last model thought and answered."""
+def plot_examples(path: Path, cases: list[dict]) -> None:
+    """The first case of each of four classes: picture, reasoning, answer; cases: see report.py."""
     from matplotlib.figure import Figure
 
-    pictures = {record["id"]: record["image"] for record in records}
-    chosen = {row["label"]: row for row in reversed(rows)}
-    chosen = [chosen[name] for name in rewards.CLASSES if name in chosen][:4]
+    first = {case["label"]: case for case in reversed(cases)}
+    chosen = [first[name] for name in rewards.CLASSES if name in first][:4]
     figure = Figure(figsize=(3.2 * len(chosen), 4.2), layout="constrained")
-    for axis, row in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
-        axis.imshow(open_picture(pictures[row["id"]]))
-        answer = row["predicted"] or "(no class)"
-        lines = textwrap.wrap(f"thinks: {rewards.thinking(row['text'])}", 38)[:5] if row["mode"] == "think" else []
-        lines += [f"answers: {answer}", f"truth: {row['label']}"]
-        axis.set_title("\n".join(lines), fontsize=9, loc="left", parse_math=False,
-                       color="k" if answer == row["label"] else "tab:red")  # fmt: skip
+    axes = figure.subplots(1, len(chosen), squeeze=False)[0]
+    for axis, case in zip(axes, chosen, strict=True):
+        lines = []
+        if case["mode"] == "think":
+            lines = textwrap.wrap(f"thinks: {case['thinking']}", 38)[:5]
+        lines += [f"answers: {case['predicted'] or '(no class)'}", f"truth: {case['label']}"]
+        look = {"parse_math": False, "color": "k" if case["correctness"] else "tab:red"}
+        axis.imshow(open_picture(case["image"]))
+        axis.set_title("\n".join(lines), fontsize=9, loc="left", **look)
         axis.axis("off")
-    save(path, figure)
+    save_figure(path, figure)

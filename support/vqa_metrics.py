@@ -1,7 +1,7 @@
-"""General skill before and after training (paper, Table 2): the metrics and the files of ChartQA and TextVQA.
+"""General skill before and after training (Table 2): metrics and files of ChartQA and TextVQA.
 
-Both sets are asked as `question`, a newline, SHORT. `bare` strips think and answer tags before either is scored: a
-model that keeps its new format would otherwise seem to have lost its skill.
+Both sets are asked as `question`, a newline, SHORT. `bare` strips think and answer tags before
+either is scored: a model that keeps its new format would otherwise seem to have lost its skill.
 """
 
 import itertools
@@ -13,30 +13,32 @@ from pathlib import Path
 from support.files import BadInput, inside, read_bytes
 
 SHORT = "Answer the question using a single word or phrase."
-_DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-_DIGITS["none"] = "0"
+_NUMBERS = "zero one two three four five six seven eight nine ten".split()
+_DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS)} | {"none": "0"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# Written without some of its apostrophes, a contraction gets them back. Those that would then be another word are left
-# out (ill, its, well, were, wed, shed, hell, shell, id).
+# Written without some of its apostrophes, a contraction gets them back. Those that would then be
+# another word are left out (ill, its, well, were, wed, shed, hell, shell, id).
 _CONTRACTIONS = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-    he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll let's ma'am might've mightn't mightn't've must've
-    mustn't needn't o'clock oughtn't shan't she'd've she's should've shouldn't shouldn't've somebody'd somebody'll
-    somebody's someone'd someone'll someone's something'd something'll that'd that'll that's there'd there'd've
-    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
-    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-    would've wouldn't wouldn't've y'all you'd you'd've you'll you're you've""".split()
-_RESTORED = {
-    "".join(itertools.chain(*zip(word.split("'"), [*marks, ""], strict=True))): word
-    for word in _CONTRACTIONS
-    for marks in itertools.product(("'", ""), repeat=word.count("'"))
-}
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's i'd've i'm i've
+    isn't it'd it'd've it'll let's ma'am might've mightn't mightn't've must've mustn't
+    needn't o'clock oughtn't shan't she'd've she's should've shouldn't shouldn't've
+    somebody'd somebody'll somebody's someone'd someone'll someone's something'd
+    something'll that'd that'll that's there'd there'd've there're there's they'd
+    they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's
+    who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd
+    you'd've you'll you're you've""".split()
+_RESTORED = {}
+for _word in _CONTRACTIONS:
+    for _marks in itertools.product(("'", ""), repeat=_word.count("'")):
+        _RESTORED[_word.replace("'", "{}").format(*_marks)] = _word
 
 
 def bare(completion: str) -> str:
-    """What a completion answers: the text of its answer tags, else all that is not thinking.
+    """What a completion answers: the text of its answer tags, else all that is not reasoning.
 
-    Chat templates that open the thinking themselves leave a completion with the closing tag alone.
+    Chat templates that open the think tag themselves leave a completion with the closing tag alone.
     """
     text = re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL)
     text = re.sub(r"^.*</think>|<think>.*$", "", text, flags=re.DOTALL)
@@ -53,41 +55,42 @@ def _number(text: str) -> float | None:
 
 
 def relaxed_accuracy(prediction: str, golds: list[str]) -> float:
-    """ChartQA's metric, the best over `golds`: 1 for a number within 5 % of the gold, or for equal text in any case.
+    """ChartQA's metric, the best over `golds`: 1 for a number within 5 % of the gold or equal text.
 
-    "12 %" is 0.12; a gold of 0 and text that is no number ("1,200" is none) are compared as text. Source: Methani et
-    al., PlotQA; Masry et al., ChartQA.
+    "12 %" is 0.12; a gold of 0 and text that is no number ("1,200" is none) are compared as text,
+    in any case. Source: Methani et al., PlotQA; Masry et al., ChartQA.
     """
 
-    def score(gold: str) -> bool:
+    def right(gold: str) -> bool:
         p, g = _number(prediction.strip()), _number(gold.strip())
         if p is not None and g:
             return abs(p - g) / abs(g) <= 0.05
         return prediction.strip().lower() == gold.strip().lower()
 
-    return float(any(score(gold) for gold in golds))
+    return float(any(map(right, golds)))
 
 
 def normalise(text: str) -> str:
-    """VQA's normal form: no punctuation, lower case, number words as digits, no articles, contractions restored.
+    """VQA's normal form: lower case, number words as digits, contractions restored, no articles.
 
-    A mark between two letters becomes a space; beside a space, or anywhere in a text that holds a number like "1,200",
-    it goes. A full stop stays only before a digit. Source: Antol et al., VQA.
+    A mark between two letters becomes a space; beside a space, or anywhere in a text that holds a
+    number like "1,200", it goes. A full stop stays only before a digit. Source: Antol et al., VQA.
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    out, thousands = text, re.search(r"\d,\d", text)
+    text = out = text.replace("\n", " ").replace("\t", " ").strip()
+    thousands = re.search(r"\d,\d", text)
     for mark in _PUNCTUATION:
         goes = thousands or f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if goes else " ")
-    words = [_DIGITS.get(word, word) for word in re.sub(r"\.(?!\d)", "", out).lower().split()]
-    return " ".join(_RESTORED.get(word, word) for word in words if word not in ("a", "an", "the"))
+    words = re.sub(r"\.(?!\d)", "", out).lower().split()
+    words = [_DIGITS.get(word, _RESTORED.get(word, word)) for word in words]
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def textvqa_accuracy(prediction: str, golds: list[str]) -> float:
-    """TextVQA's metric: the mean over the ten human answers of min(1, matches among the other nine / 3)."""
-    own, answers = normalise(prediction), [normalise(gold) for gold in golds]
-    matches = [own == answer for answer in answers]
-    return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
+    """TextVQA's metric: the mean over ten human answers of min(1, matches with the others / 3)."""
+    matches = [normalise(prediction) == normalise(gold) for gold in golds]
+    scores = [min(1.0, (sum(matches) - match) / 3) for match in matches]
+    return sum(scores) / len(scores)
 
 
 def exact_match(prediction: str, golds: list[str]) -> float:
@@ -96,18 +99,22 @@ def exact_match(prediction: str, golds: list[str]) -> float:
 
 
 def read_questions(path: Path, ten: bool = False) -> list[dict]:
-    """The checked questions of a file: id, image (Path), question, answers, part ("human", "augmented" or None).
+    """The checked questions of a file: id, image (Path), question, answers, part.
 
-    JSONL with image, question and answer (or answers), or a set's own JSON: ChartQA's test_human.json or
-    test_augmented.json beside its png/, TextVQA's TextVQA_0.5.1_val.json beside its train_images/. A picture must lie
-    in the file's folder. Raises BadInput naming file, record and field; with `ten` also unless there are ten answers.
+    JSONL with image, question and answer (or answers), or a set's own JSON: ChartQA's
+    test_human.json beside its png/, TextVQA's TextVQA_0.5.1_val.json beside its train_images/.
+    `part` is "human", "augmented" or None. Raises BadInput naming file, record and field, also for
+    a picture outside the file's folder and, with `ten`, unless there are ten answers.
     """
+    content = read_bytes(path)
     try:
-        content = read_bytes(path)
-        data = [json.loads(line) for line in content.splitlines()] if path.suffix == ".jsonl" else json.loads(content)
-        data = data["data"] if isinstance(data, dict) else data
+        if path.suffix == ".jsonl":
+            data = [json.loads(line) for line in content.splitlines()]
+        else:
+            data = json.loads(content)
+            data = data["data"] if isinstance(data, dict) else data
     except (ValueError, RecursionError, KeyError) as error:
-        raise BadInput(f"{path}: not JSON of ChartQA or TextVQA, and no .jsonl: {error!r}") from error
+        raise BadInput(f"{path}: not JSON of ChartQA or TextVQA, no .jsonl: {error!r}") from error
     if not isinstance(data, list) or not data:
         raise BadInput(f"{path}: holds no questions")
     questions = []
@@ -115,28 +122,30 @@ def read_questions(path: Path, ten: bool = False) -> list[dict]:
         try:
             questions.append({"id": f"{path.stem}-{number}", **_question(path, record, ten)})
         except (BadInput, OSError) as error:
-            raise BadInput(f"{path}, record {number}: {error}; mend it or leave it out") from error
+            where = f"{path}, record {number}"
+            raise BadInput(f"{where}: {error}; mend it or leave it out") from error
     return questions
 
 
 def _question(path: Path, record: object, ten: bool) -> dict:
     if not isinstance(record, dict):
         raise BadInput("not a JSON object")
-    known = {"image": ("", ""), "imgname": ("png/", ""), "image_id": ("train_images/", ".jpg")}
+    known = {"image": "{}", "imgname": "png/{}", "image_id": "train_images/{}.jpg"}
     field = next((name for name in known if isinstance(record.get(name), str)), None)
     if field is None:
         raise BadInput("field 'image' (imgname, image_id) is missing")
-    before, after = known[field]
-    image = inside(path.parent, before + record[field] + after)
+    image = inside(path.parent, known[field].format(record[field]))
     if not image.is_file():
         raise BadInput(f"field {field!r}: there is no picture {image}")
     question = record.get("question", record.get("query"))
-    answers = record.get("answers", record.get("answer", record.get("label")))
-    answers = answers if isinstance(answers, list) else [answers]
     if not isinstance(question, str) or not question:
         raise BadInput("field 'question' (query) must be text")
-    if not answers or not all(isinstance(answer, str) for answer in answers) or (ten and len(answers) != 10):
-        raise BadInput(f"field 'answers' (answer, label) must be {'a list of ten texts' if ten else 'text or texts'}")
+    answers = record.get("answers", record.get("answer", record.get("label")))
+    answers = answers if isinstance(answers, list) else [answers]
+    texts = all(isinstance(answer, str) for answer in answers)
+    if not texts or len(answers) == 0 or (ten and len(answers) != 10):
+        wanted = "a list of ten texts" if ten else "text or texts"
+        raise BadInput(f"field 'answers' (answer, label) must be {wanted}")
     source = str(record.get("part") or record.get("type") or path.stem).lower()
     part = next((name for name in ("human", "augmented") if name in source), None)
     return {"image": image, "question": question, "answers": answers, "part": part}

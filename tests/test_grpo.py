@@ -1,4 +1,7 @@
-"""04's mathematics against hand-worked numbers and float64, its sampler against the model's own distribution."""
+"""04's mathematics against hand-worked numbers and float64.
+
+Its sampler is held to the model's own distribution, its packed scoring to the plain one.
+"""
 
 import copy
 import importlib
@@ -7,34 +10,42 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import rewards
-from support import tiny_vlm, train, vlm
+from support import engine, vlm
+from support.records import pictures
 
 grpo = importlib.import_module("04_grpo")
 
 
-def prompts_of(processor, records, sizes=None):
-    pictures = train.pictures(records)
-    if sizes:
-        pictures = [p.resize(size) for p, size in zip(pictures, sizes, strict=True)]
-    texts = [rewards.prompt(r["question"], mode) for r, mode in zip(records, ["think", "direct"] * 9, strict=False)]
-    return vlm.encode(processor, pictures, texts)
+def random_numbers(B: int, N: int, L: int) -> torch.Tensor:
+    """The samples' random numbers u [B, N, L] in step 1 with seed 0."""
+    u = torch.empty(B, N, L, dtype=torch.float64)
+    for b in range(B):
+        for n in range(N):
+            u[b, n] = torch.from_numpy(grpo.uniforms(0, 1, b, n, L))
+    return u
 
 
 @pytest.fixture
 def roll(model, processor, records):
     """Three prompts of unequal length and picture size, four samples each."""
-    prompts = prompts_of(processor, records[:3], [(140, 140), (300, 70), (180, 180)])
-    u = torch.from_numpy(np.stack([[grpo.uniforms(0, 1, b, n, 24) for n in range(4)] for b in range(3)]))
-    return grpo.rollout(model, prompts, u, vlm.stop_ids(model, processor), 1.0)
+    sizes = [(140, 140), (300, 70), (180, 180)]
+    images = pictures(records[:3])
+    images = [image.resize(size) for image, size in zip(images, sizes, strict=True)]
+    modes = ["think", "direct", "think"]
+    texts = [rewards.prompt(rewards.QUESTION, mode) for mode in modes]
+    prompts = vlm.encode(processor, images, texts)
+    stops = vlm.stop_ids(model, processor)
+    return engine.rollout(model, prompts, random_numbers(3, 4, 24), stops, 1.0)
 
 
 def test_advantages_by_hand():
     A = grpo.advantages(torch.tensor([[4.0, 0, 0, 0, 1], [2, 2, 2, 2, 2]]))
-    mean, std = 1.0, math.sqrt((9 + 1 + 1 + 1 + 0) / 4)  # ddof 1
-    assert torch.allclose(A[0], torch.tensor([3.0, -1, -1, -1, 0]) / (std + 1e-4), atol=1e-6), mean
+    std = math.sqrt((9 + 1 + 1 + 1 + 0) / 4)  # the mean is 1, ddof 1
+    expected = torch.tensor([3.0, -1, -1, -1, 0]) / (std + 1e-4)
+    assert torch.allclose(A[0], expected, atol=1e-6)
     assert (A[1] == 0).all()
 
 
@@ -51,7 +62,9 @@ def test_advantages_by_hand():
 def test_clip_for_both_signs(rho, A, loss, slope):
     logp = torch.tensor([[[math.log(rho)]]], requires_grad=True)
     one, advantage = torch.ones(1, 1, 1), torch.tensor([[A]])
-    value, clipped = grpo.grpo_loss(logp, 0 * one, None, advantage, one.bool(), one, 0.2, 0, "token")
+    value, clipped = grpo.grpo_loss(
+        logp, 0 * one, None, advantage, one.bool(), one, 0.2, 0, "token"
+    )
     value.backward()
     assert value.item() == pytest.approx(loss, abs=1e-6)
     assert logp.grad.item() == pytest.approx(slope, abs=1e-6)
@@ -63,7 +76,9 @@ def test_k3_value_gradient_and_overflow():
     value = grpo.k3(logp, torch.tensor([0.0, -0.5]))
     assert value.tolist() == pytest.approx([0, math.exp(0.5) - 1.5], abs=1e-6)
     value.sum().backward()
-    assert logp.grad.tolist() == pytest.approx([0, 1 - math.exp(0.5)], abs=1e-6)  # d k3 / d logp = 1 - exp(d)
+    assert logp.grad.tolist() == pytest.approx(
+        [0, 1 - math.exp(0.5)], abs=1e-6
+    )  # d k3 / d logp = 1 - exp(d)
     assert torch.isfinite(grpo.k3(torch.tensor([-500.0]), torch.zeros(1))).all()
 
 
@@ -83,7 +98,9 @@ def test_loss_against_float64_equations(norm, ratio):
                     log_rho = (logp[b, n, :T] - old[b, n, :T]).sum()
                 rho = math.exp(log_rho)
                 d = ref[b, n, t] - logp[b, n, t]
-                term = -min(rho * A[b, n], min(max(rho, 0.8), 1.2) * A[b, n]) + 0.04 * (math.exp(d) - d - 1)
+                clipped = min(max(rho, 0.8), 1.2)
+                term = -min(rho * A[b, n], clipped * A[b, n])
+                term += 0.04 * (math.exp(d) - d - 1)
                 expected += term / count / (T if norm == "sequence" else 1)
     mask = torch.arange(5)[None, None] < torch.from_numpy(lengths)[..., None]
     weights = grpo.token_weights(mask, norm, count).double()
@@ -94,9 +111,15 @@ def test_loss_against_float64_equations(norm, ratio):
 
 
 def test_block_mask_picture():
-    seen = grpo.block_mask(torch.tensor([[1, 1], [0, 1]]), N=2, L=2).int()[:, 0]
-    assert seen[0].tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
-                                [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]  # fmt: skip
+    seen = engine.block_mask(torch.tensor([[1, 1], [0, 1]]), N=2, L=2).int()[:, 0]
+    assert seen[0].tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
     assert seen[1, :, 0].tolist() == [1, 0, 0, 0, 0, 0]  # padding is seen by itself alone
 
 
@@ -104,7 +127,7 @@ def test_packed_equals_plain_and_every_row_alone(model, roll):
     """Prefix sharing, padding and batch composition change nothing: values and gradients."""
     trained = vlm.set_trainable(model, "llm")
     gradients = []
-    for score in (grpo.plain_logprobs, grpo.packed_logprobs):
+    for score in (grpo.plain_logprobs, engine.packed_logprobs):
         logp = score(model, roll, 0.7)
         (logp * roll.mask).sum().backward()
         gradients.append((logp.detach() * roll.mask, [p.grad.clone() for p in trained.values()]))
@@ -114,15 +137,17 @@ def test_packed_equals_plain_and_every_row_alone(model, roll):
         assert (one - other).norm() <= 1e-4 * one.norm() + 1e-6
     for b in range(3):
         part = slice(b, b + 1)
-        alone = grpo.Rollout(vlm.select(roll.prompts, part), roll.tokens[part], roll.mask[part], roll.finished[part])
         with torch.no_grad():
-            logp = grpo.packed_logprobs(model, alone, 0.7) * roll.mask[part]
+            logp = engine.packed_logprobs(model, roll.rows(part), 0.7) * roll.mask[part]
         assert torch.allclose(logp, gradients[1][0][part], atol=2e-5)
 
 
 def test_rollout_is_what_an_uncached_model_samples(model, roll):
-    """Token by token, with the same random numbers and no cache, the same completions come out; pictures are not
-    mixed up among samples (AABB), positions go on after the picture, and left padding is harmless."""
+    """Token by token, with the same random numbers and no cache, the same completions come out.
+
+    So pictures are not mixed up among samples (AABB), positions go on after the picture, and left
+    padding is harmless.
+    """
     with torch.no_grad():
         prompts = vlm.repeat(roll.prompts, 4)
         for row in (0, 5, 11):
@@ -132,26 +157,32 @@ def test_rollout_is_what_an_uncached_model_samples(model, roll):
             ids, types = one["input_ids"], one["mm_token_type_ids"]
             for t in range(int(roll.mask[b, n].sum())):
                 mask = torch.cat([one["attention_mask"], torch.ones(1, t).long()], 1)
-                batch = {**one, "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+                batch = {**one, "input_ids": ids}
+                batch |= {"attention_mask": mask, "mm_token_type_ids": types}
                 logits = model(**batch, use_cache=False).logits[:, -1]
-                token = grpo.sample_tokens(logits, u[t : t + 1])
+                token = engine.sample_tokens(logits, u[t : t + 1])
                 assert token.item() == roll.tokens[b, n, t].item()
-                ids, types = torch.cat([ids, token[None]], 1), torch.cat([types, torch.zeros(1, 1).int()], 1)
+                ids = torch.cat([ids, token[None]], 1)
+                types = torch.cat([types, torch.zeros(1, 1).int()], 1)
 
 
 def test_a_frozen_tower_runs_once_a_step(model, processor, records, roll):
-    """Its output, kept from the rollout, scores as the pictures themselves do, in both layouts and for any part."""
+    """Its output, kept from the rollout, scores as the pictures themselves do.
+
+    In both layouts, and for any part of the rollout.
+    """
     vlm.set_trainable(model, "llm")
     calls = []
     model.model.visual.register_forward_hook(lambda *call: calls.append(1))
-    u = torch.from_numpy(np.stack([[grpo.uniforms(0, 1, b, n, 24) for n in range(4)] for b in range(3)]))
-    kept = grpo.rollout(model, roll.prompts, u, vlm.stop_ids(model, processor), 1.0)
-    assert torch.equal(kept.tokens, roll.tokens) and "pixel_values" not in kept.prompts
+    stops = vlm.stop_ids(model, processor)
+    kept = engine.rollout(model, roll.prompts, random_numbers(3, 4, 24), stops, 1.0)
+    assert torch.equal(kept.tokens, roll.tokens) and kept.features is not None
     with torch.no_grad():
-        scores = [score(model, kept, 1.0) for score in (grpo.plain_logprobs, grpo.packed_logprobs)]
-        last = slice(2, 3)
-        part = grpo.Rollout(vlm.select(kept.prompts, last), kept.tokens[last], kept.mask[last], kept.finished[last])
-        scores.append(torch.cat([scores[0][:2], grpo.packed_logprobs(model, part, 1.0)]))
+        scores = [
+            score(model, kept, 1.0) for score in (grpo.plain_logprobs, engine.packed_logprobs)
+        ]
+        last = engine.packed_logprobs(model, kept.rows(slice(2, 3)), 1.0)
+        scores.append(torch.cat([scores[0][:2], last]))
         assert len(calls) == 1
         expected = grpo.plain_logprobs(model, roll, 1.0)
     for score in scores:
@@ -162,7 +193,7 @@ def test_logprobs_in_chunks_against_float64():
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(2, 300, 11, generator=generator)).requires_grad_()
     tokens = torch.randint(11, (2, 300), generator=generator)
-    got = grpo.gather_logprobs(logits, tokens, 0.7)
+    got = engine.gather_logprobs(logits, tokens, 0.7)
     exact = logits.detach().double().requires_grad_()
     expected = (exact / 0.7).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     assert torch.allclose(got.double(), expected, atol=1e-5)
@@ -175,27 +206,31 @@ def test_a_sampled_picture_placeholder_is_harmless(model, roll):
     """It would otherwise ask for a picture that is not there and stop the run."""
     roll.tokens[0, 0, 0] = model.config.image_token_id
     with torch.no_grad():
-        plain, packed = (score(model, roll, 1.0) * roll.mask for score in (grpo.plain_logprobs, grpo.packed_logprobs))
+        plain = grpo.plain_logprobs(model, roll, 1.0) * roll.mask
+        packed = engine.packed_logprobs(model, roll, 1.0) * roll.mask
     assert torch.isfinite(plain).all() and torch.allclose(plain, packed, atol=2e-5)
 
 
 def test_mask_counts_eos_and_nothing_after(roll, model, processor):
     stops = vlm.stop_ids(model, processor)
-    for tokens, mask, finished in zip(roll.tokens.flatten(0, 1), roll.mask.flatten(0, 1), roll.finished.flatten(),
-                                      strict=True):  # fmt: skip
+    parts = roll.tokens.flatten(0, 1), roll.mask.flatten(0, 1), roll.finished.flatten()
+    for tokens, mask, finished in zip(*parts, strict=True):
         ends = [t for t, token in enumerate(tokens.tolist()) if token in stops]
         assert bool(finished) == bool(ends)
-        assert int(mask.sum()) == (ends[0] + 1 if ends else len(tokens)) and mask[: int(mask.sum())].all()
+        length = int(mask.sum())
+        assert length == (ends[0] + 1 if ends else len(tokens))
+        assert mask[:length].all()
 
 
 def test_sampler_follows_the_distribution():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, -30.0]])
     u = torch.from_numpy(np.random.default_rng(0).random(20_000))
-    counts = torch.bincount(grpo.sample_tokens(logits.expand(20_000, 5), u), minlength=5).double()
+    counts = torch.bincount(engine.sample_tokens(logits.expand(20_000, 5), u), minlength=5).double()
     expected = logits[0].double().softmax(0) * 20_000
-    assert ((counts - expected) ** 2 / expected.clamp(min=1))[:4].sum() < 16.3  # chi-squared, 3 degrees: p = 0.001
+    chi_squared = ((counts - expected) ** 2 / expected.clamp(min=1))[:4].sum()
+    assert chi_squared < 16.3  # 3 degrees of freedom: p = 0.001
     assert counts[4] == 0
-    assert grpo.sample_tokens(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 0
+    assert engine.sample_tokens(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 0
 
 
 def test_sample_seeds_differ_and_repeat():
@@ -205,19 +240,20 @@ def test_sample_seeds_differ_and_repeat():
 
 
 def test_update_does_not_depend_on_micro_batches_or_order(processor, records, roll, model, world):
-    """One part or three, in any order: the same weights after an update; the frozen tower stays as it was."""
+    """One part or three, in any order, give the same weights; the frozen tower stays as it was."""
     reward = torch.tensor([[4.0, 0, 2, 1], [0, 0, 0, 4], [2, 2, 2, 2]])
-    args = grpo.parser().parse_args(["--inner-epochs", "2", "--lr", "1e-3"])
+    args = grpo.parse_args(["--model", str(vlm.TINY), "--inner-epochs", "2", "--lr", "1e-3"])
     results = []
-    for cuts in ([slice(0, 3)], [slice(0, 1), slice(1, 2), slice(2, 3)], [slice(2, 3), slice(0, 2)]):
+    thirds = [slice(0, 1), slice(1, 2), slice(2, 3)]
+    for cuts in ([slice(0, 3)], thirds, [slice(2, 3), slice(0, 2)]):
         policy = copy.deepcopy(model)
         trained = vlm.set_trainable(policy, "llm")
         reference = vlm.frozen_copy(policy)
-        parts = [grpo.Rollout(vlm.select(roll.prompts, cut), roll.tokens[cut], roll.mask[cut], roll.finished[cut])
-                 for cut in cuts]  # fmt: skip
+        parts = [roll.rows(cut) for cut in cuts]
         A = grpo.advantages(reward)
+        A = [A[cut] for cut in cuts]
         optimizer = torch.optim.SGD(trained.values(), lr=1e-3)
-        metrics = grpo.update(policy, reference, parts, [A[c] for c in cuts], world, optimizer, args)
+        metrics = grpo.update(policy, reference, parts, A, world, optimizer, args)
         assert metrics["kl"] > 0  # the second epoch has moved away from the reference
         results.append((metrics, {n: p.detach() for n, p in policy.named_parameters()}))
     for other in results[1:]:
@@ -237,15 +273,16 @@ def test_reference_shares_frozen_tensors_and_stays(model):
 
 
 def test_the_loop_runs_a_frozen_tower_once_a_step(data, tmp_path, monkeypatch):
-    """Rollout, reference and both inner epochs' passes over both micro-batches share what the rollout computed."""
-    calls, forward = [], Qwen2_5_VisionTransformerPretrainedModel.forward
+    """The reference and both inner epochs' passes over both micro-batches share the rollout's."""
+    tower = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
+    calls, forward = [], tower.forward
 
     def counted(self, *args, **kwargs):
         calls.append(1)
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(Qwen2_5_VisionTransformerPretrainedModel, "forward", counted)
-    grpo.main(["--data", str(data), "--model", str(tiny_vlm.DEFAULT), "--out", str(tmp_path), "--steps", "2",
-               "--prompts-per-step", "4", "--micro-batch", "2", "--inner-epochs", "2",
-               "--max-new-tokens", "4"])  # fmt: skip
+    monkeypatch.setattr(tower, "forward", counted)
+    flags = ["--data", str(data), "--model", str(vlm.TINY), "--out", str(tmp_path)]
+    flags += "--steps 2 --prompts-per-step 4 --micro-batch 2 --inner-epochs 2".split()
+    grpo.main([*flags, "--max-new-tokens", "4"])
     assert len(calls) == 2

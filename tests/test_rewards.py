@@ -1,4 +1,4 @@
-"""The reward contract, case by case: every way in which peers' parsers are known to go wrong is a row here."""
+"""The reward contract: every way in which peers' parsers are known to go wrong is a row here."""
 
 import pytest
 from hypothesis import given
@@ -16,14 +16,24 @@ TABLE = [
     ("\n  " + GOOD + " \n", 1, 1, 1),  # outer whitespace
     ("<think>a</think><answer> EMPHYSEMA. </answer>", 1, 1, 1),  # case, spaces, one trailing period
     ("<think>a</think><answer>emphysema..</answer>", 1, 0, 0),  # only one period is dropped
-    ("<think>a</think><answer>pleural   effusion/thickening</answer>", 1, 1, 0),  # inner whitespace collapses
+    (
+        "<think>a</think><answer>pleural   effusion/thickening</answer>",
+        1,
+        1,
+        0,
+    ),  # inner whitespace collapses
     ("<answer>Emphysema</answer>", 0, 1, 1),  # a direct answer: no format, yet valid and right
     ("Emphysema", 0, 0, 0),  # no tags
     ("<think>Emphysema</think>", 0, 0, 0),  # a class in the thinking is no answer
     ("<think>Emphysema</think><answer></answer>", 0, 0, 0),  # empty answer
     ("<think> </think><answer>Emphysema</answer>", 0, 1, 1),  # empty thinking
     ("<think></think><answer>Emphysema</answer>", 0, 1, 1),
-    ("<think>a</think><answer>Emphysema or Ground-glass opacity</answer>", 1, 0, 0),  # a list is no class
+    (
+        "<think>a</think><answer>Emphysema or Ground-glass opacity</answer>",
+        1,
+        0,
+        0,
+    ),  # a list is no class
     ("<think>a</think><answer>" + "; ".join(rewards.CLASSES) + "</answer>", 1, 0, 0),  # all classes
     ("<think>a</think><answer>It is Emphysema</answer>", 1, 0, 0),  # a sentence
     ("<think>a</think><answer>Emphysem</answer>", 1, 0, 0),  # no fuzzy match
@@ -65,13 +75,17 @@ def test_prompts_name_every_class_once():
         rewards.prompt(rewards.QUESTION, "other")
 
 
-TAGS = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "Emphysema", " ", "\n", ".", "a"])
+TAGS = st.sampled_from(
+    ["<think>", "</think>", "<answer>", "</answer>", "Emphysema", " ", "\n", ".", "a"]
+)
 
 
 @given(st.lists(TAGS, max_size=10).map("".join) | st.text(max_size=40))
 def test_parser_properties(text):
     got = rewards.reward(text, E)
-    assert got.correctness <= got.validity and (got.predicted in rewards.CLASSES) == bool(got.validity)
+    assert got.correctness <= got.validity and (got.predicted in rewards.CLASSES) == bool(
+        got.validity
+    )
     assert rewards.reward(f"\n{text} ", E) == got  # outer whitespace never matters
     if got.format:
         assert all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))

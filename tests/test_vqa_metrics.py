@@ -117,16 +117,21 @@ def write(path, value):
 
 
 def test_readers_of_the_sets_own_files_and_of_jsonl(folder):
-    chart = write(folder / "test_human.json", [{"imgname": "1.png", "query": "How many?", "label": "3"}])
-    assert read_questions(chart) == [{"id": "test_human-1", "image": folder / "png" / "1.png", "question": "How many?",
-                                      "answers": ["3"], "part": "human"}]  # fmt: skip
+    record = {"imgname": "1.png", "query": "How many?", "label": "3"}
+    chart = write(folder / "test_human.json", [record])
+    expected = {"id": "test_human-1", "image": folder / "png" / "1.png", "part": "human"}
+    expected |= {"question": "How many?", "answers": ["3"]}
+    assert read_questions(chart) == [expected]
     ten = ["red"] * 10
-    text = {"data": [{"image_id": "abc", "question_id": 7, "question": "What?", "answers": ten}], "version": "0.5.1"}
-    assert read_questions(write(folder / "TextVQA_0.5.1_val.json", text), ten=True)[0] == {
-        "id": "TextVQA_0.5.1_val-1", "image": folder / "train_images" / "abc.jpg", "question": "What?", "answers": ten,
-        "part": None}  # fmt: skip
-    own = [{"image": "own.png", "question": "What\u2028now?", "answer": "red"},
-           {"image": "own.png", "question": "And?", "answers": ["a", "b"], "part": "augmented"}]  # fmt: skip
+    record = {"image_id": "abc", "question_id": 7, "question": "What?", "answers": ten}
+    text = write(folder / "TextVQA_0.5.1_val.json", {"data": [record], "version": "0.5.1"})
+    expected = {"id": "TextVQA_0.5.1_val-1", "image": folder / "train_images" / "abc.jpg"}
+    expected |= {"question": "What?", "answers": ten, "part": None}
+    assert read_questions(text, ten=True) == [expected]
+    own = [
+        {"image": "own.png", "question": "What\u2028now?", "answer": "red"},
+        {"image": "own.png", "question": "And?", "answers": ["a", "b"], "part": "augmented"},
+    ]
     read = read_questions(write(folder / "human_and_augmented.jsonl", own))
     assert [q["answers"] for q in read] == [["red"], ["a", "b"]]
     assert read[1]["part"] == "augmented" and read[0]["question"] == "What\u2028now?"

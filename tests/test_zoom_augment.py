@@ -1,9 +1,8 @@
-"""Stage 02: every pixel of the augmented picture in both arms, awkward boxes, the twin folder, restart, bad input."""
+"""Stage 02: every pixel of the augmented picture in both arms, awkward boxes, the twin folder,
+one picture, restart, bad input."""
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,34 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from support.files import BadInput, open_picture, read_records, write_atomic
+from support import files
+from support.files import BadInput, open_picture, write_atomic
+from support.records import read_records
 from tests import ct_fixtures as ct
+from tests import launch
 
+launch.server()
 stage = importlib.import_module("02_zoom_augment")
-ROOT = Path(__file__).resolve().parents[1]
 RED, GREEN = (255, 0, 0), (0, 255, 0)
+DRAW = stage.draw_overview
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_overview():
+    """Leaves out the figures, which take most of a small run's time; test_overview makes one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("01_make_dataset", "02_zoom_augment"):
+            patch.setattr(importlib.import_module(name), "draw_overview", lambda *_: None)
+        yield
 
 
 def noise(width: int = 140, height: int = 140, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8))
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8))
 
 
 def red_outline(size: tuple[int, int], box: list[int], line: int) -> np.ndarray:
-    """bool [height, width]: the frame of `line` px around `box`, moved inwards where the picture ends."""
+    """bool [height, width]: the frame of `line` px around `box`, inside where the picture ends."""
     x0, y0 = max(box[0] - line, 0), max(box[1] - line, 0)
     x1, y1 = min(box[2] + line, size[0]), min(box[3] + line, size[1])
     frame = np.zeros((size[1], size[0]), bool)
@@ -57,7 +70,8 @@ def test_every_pixel_without_the_patch(name):
     inside = np.zeros_like(red)
     inside[box[1] : box[3], box[0] : box[2]] = True
     at_edge = box[0] == 0 or box[1] == 0 or box[2] == 140 or box[3] == 140
-    assert at_edge == bool((red & inside).any())  # the line is on the lesion only where the picture ends
+    on_lesion = bool((red & inside).any())
+    assert on_lesion == at_edge  # the line is on the lesion only where the picture ends
 
 
 @pytest.mark.parametrize("name", BOXES)
@@ -69,7 +83,8 @@ def test_every_pixel_with_the_patch(name):
     crop = picture.crop(stage.crop_square(picture.size, box, 0.25)).convert("RGB")
     expected = np.array(picture.convert("RGB"))
     expected[:side, :side] = GREEN
-    expected[width : side - width, width : side - width] = np.array(crop.resize((52, 52), Image.Resampling.BICUBIC))
+    crop = crop.resize((52, 52), Image.Resampling.BICUBIC)
+    expected[width : side - width, width : side - width] = np.array(crop)
     expected[red] = RED  # drawn last: the patch never hides it
     np.testing.assert_array_equal(result, expected)
 
@@ -80,32 +95,37 @@ def test_the_patch_shows_the_clean_lesion_enlarged():
     result = np.array(stage.augment(picture, [90, 60, 110, 80], patch=0.4, margin=0.5))
     patch = result[2:54, 2:54].astype(int)  # 52 px: 1.3 times as large
     assert (patch[16:36, 16:36] == 200).all()  # the lesion: 13 to 39
-    assert (patch[:10] == 10).all() and (patch[:, 42:] == 10).all()  # its surroundings, and no red line
+    assert (patch[:10] == 10).all()  # its surroundings, and no red line
+    assert (patch[:, 42:] == 10).all()
     bright = (patch[26, :, 0] > 105).sum()
     assert bright == 26
 
 
 @pytest.mark.parametrize(("side", "patch", "line"), [(140, 56, 1), (512, 205, 2), (768, 307, 3)])
 def test_sizes_grow_with_the_slice(side, patch, line):
-    result = np.array(stage.augment(noise(side, side), [300 * side // 768, side // 2, side // 2, 400 * side // 512]))
+    box = [300 * side // 768, side // 2, side // 2, 400 * side // 512]
+    result = np.array(stage.augment(noise(side, side), box))
     green = (result == GREEN).all(axis=-1)
-    assert np.argwhere(green).max(axis=0).tolist() == [patch - 1, patch - 1] and green[0, :patch].all()
+    assert np.argwhere(green).max(axis=0).tolist() == [patch - 1, patch - 1]
+    assert green[0, :patch].all()
     column = (result[:, side // 2 - 5] == RED).all(axis=-1)
     assert column.sum() == 2 * line
 
 
 def test_crop_square_by_hand():
-    assert stage.crop_square((140, 140), [60, 60, 80, 70], 0.25) == (55, 50, 85, 80)  # 20 * 1.5 = 30 around (70, 65)
-    assert stage.crop_square((140, 140), [0, 60, 20, 70], 0.25) == (0, 50, 30, 80)  # shifted inside
-    assert stage.crop_square((140, 140), [130, 135, 140, 140], 0.5) == (120, 120, 140, 140)
-    assert stage.crop_square((140, 140), [20, 20, 130, 120], 0.25) == (0, 0, 140, 140)  # gives up margin to fit
-    assert stage.crop_square((200, 100), [20, 30, 170, 60], 0.25) == (20, -25, 170, 125)  # black above and below
-    assert stage.crop_square((140, 140), [70, 70, 71, 71], 0) == (70, 70, 71, 71)
+    crop, square, wide = stage.crop_square, (140, 140), (200, 100)
+    assert crop(square, [60, 60, 80, 70], 0.25) == (55, 50, 85, 80)  # 20 * 1.5 around (70, 65)
+    assert crop(square, [0, 60, 20, 70], 0.25) == (0, 50, 30, 80)  # shifted inside
+    assert crop(square, [130, 135, 140, 140], 0.5) == (120, 120, 140, 140)
+    assert crop(square, [20, 20, 130, 120], 0.25) == (0, 0, 140, 140)  # gives up margin to fit
+    assert crop(wide, [20, 30, 170, 60], 0.25) == (20, -25, 170, 125)  # black above and below
+    assert crop(square, [70, 70, 71, 71], 0) == (70, 70, 71, 71)
 
 
 def test_a_box_longer_than_the_shorter_side_gets_black_bars():
     picture = Image.new("L", (200, 100), 90)
-    patch = np.array(stage.zoom_patch(picture, [20, 30, 170, 60], 60, 0.25, 0.05))[3:57, 3:57]  # 150 px in 54
+    patch = np.array(stage.zoom_patch(picture, [20, 30, 170, 60], 60, 0.25, 0.05))
+    patch = patch[3:57, 3:57]  # 150 px in 54
     assert (patch[:6] == 0).all() and (patch[-6:] == 0).all()  # 25 px are 9
     assert (patch[13:41] == 90).all()
 
@@ -130,7 +150,9 @@ def test_augment_takes_any_picture_and_leaves_it_alone(mode):
     assert (result.mode, result.size) == ("RGB", (64, 64)) and picture.tobytes() == before
 
 
-@pytest.mark.parametrize("box", [[0, 0, 0, 5], [5, 5, 4, 9], [-1, 0, 5, 5], [0, 0, 141, 5], [0, 0, 5, 141]])
+@pytest.mark.parametrize(
+    "box", [[0, 0, 0, 5], [5, 5, 4, 9], [-1, 0, 5, 5], [0, 0, 141, 5], [0, 0, 5, 141]]
+)
 def test_a_box_that_is_not_in_the_picture_is_refused(box):
     with pytest.raises(BadInput, match="does not lie in the picture"):
         stage.augment(noise(), box)
@@ -141,8 +163,7 @@ def test_a_patch_too_small_to_see_is_refused():
         stage.augment(noise(), [60, 60, 70, 70], patch=0.05)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
+# ==== The folder ====
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +172,28 @@ def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("zoom")
     lesions = [ct.block((3, 6), [25, 6, 33, 12]), ct.block((4, 7), [0, 30, 12, 48])]
     names = [f"train_{n}_a_1.nii.gz" for n in (1, 2, 3)]
-    entries = [ct.add_case(root, name, lesions, ("2b", "2e"), ct.chest(i)) for i, name in enumerate(names)]
-    importlib.import_module("01_make_dataset").main([*ct.write_index(root, entries), "--out", str(root / "data")])
+    entries = []
+    for i, name in enumerate(names):
+        entries.append(ct.add_case(root, name, lesions, ("2b", "2e"), ct.chest(i)))
+    flags = [*ct.write_index(root, entries), "--out", str(root / "data")]
+    importlib.import_module("01_make_dataset").main(flags)
     return root / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder_by_python(data, tmp_path_factory):
+    """Starts drawing a folder; meanwhile tests in this process run."""
+    flags = ["--patch", "0.5", "--data", data, "--out", tmp_path_factory.mktemp("python") / "out"]
+    return flags, launch.start_python("02_zoom_augment", *flags)
 
 
 def augmented(data: Path, out: Path, *flags: str) -> Path:
     stage.main(["--data", str(data), "--out", str(out), "--workers", "1", *flags])
     return out
+
+
+def pictures_of(out: Path) -> list[Path]:
+    return sorted(out.glob("*/images/[!.]*.png"))
 
 
 @pytest.mark.parametrize("flags", [(), ("--no-patch",)])
@@ -168,29 +203,41 @@ def test_the_twin_folder(data, tmp_path, flags):
         old, new = ct.read_lines(data, split), ct.read_lines(out, split)
         assert len(old) == len(new) == {"train": 12, "test": 6}[split]
         for before, after in zip(old, new, strict=True):
-            assert after == {**before, "file_name": f"images/{before['id']}.png", "patch": 0 if flags else 16}
+            name = f"images/{before['id']}.png"
+            assert after == {**before, "file_name": name, "patch": 0 if flags else 16}
             with Image.open(out / split / after["file_name"]) as picture:
-                assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (ct.WIDTH, ct.HEIGHT))
+                assert (picture.format, picture.mode) == ("PNG", "RGB")
+                assert picture.size == (ct.WIDTH, ct.HEIGHT)
                 clean = Image.open(data / split / before["file_name"])
                 expected = stage.augment(clean, before["box"], 0 if flags else 0.4)
                 np.testing.assert_array_equal(np.array(picture), np.array(expected))
-        assert {record["image"].name for record in read_records(out, split)} == {
-            path.name for path in (out / split / "images").iterdir()
-        }
+        named = {record["image"] for record in read_records(out, split)}
+        assert named == set((out / split / "images").iterdir())
     info = json.loads((out / "dataset_info.json").read_text())
     before = json.loads((data / "dataset_info.json").read_text())
-    assert info == {**before, "stage": "02", "zoom": {"patch": 0 if flags else 0.4, "margin": 0.25, "border": 0.03}}
-    with Image.open(out / "overview.png") as overview:
+    zoom = {"patch": 0 if flags else 0.4, "margin": 0.25, "border": 0.03}
+    assert info == {**before, "stage": "02", "zoom": zoom}
+
+
+def test_overview(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "draw_overview", DRAW)
+    path = augmented(data, tmp_path / "out") / "overview.png"
+    with Image.open(path) as overview:
         assert overview.size == (1600, 500)
+    first = path.read_bytes()
+    augmented(data, tmp_path / "out")
+    assert path.read_bytes() == first
 
 
 def test_two_findings_on_one_slice_are_two_pictures(data, tmp_path):
     out = augmented(data, tmp_path / "out", "--no-patch")
     pictures = {}
-    for record in (record for split in ("train", "test") for record in read_records(out, split)):
-        pictures.setdefault((record["volume"], record["slice"]), []).append(record["image"].read_bytes())
+    for record in read_records(out, "train") + read_records(out, "test"):
+        place = record["volume"], record["slice"]
+        pictures.setdefault(place, []).append(record["image"].read_bytes())
     assert sorted(map(len, pictures.values())) == [1] * 6 + [2] * 6
-    assert all(len(set(own)) == len(own) for own in pictures.values())
+    for same_slice in pictures.values():
+        assert len(set(same_slice)) == len(same_slice)
 
 
 def test_two_workers_an_interruption_and_a_second_run_change_no_byte(data, tmp_path, monkeypatch):
@@ -198,61 +245,54 @@ def test_two_workers_an_interruption_and_a_second_run_change_no_byte(data, tmp_p
     monkeypatch.setattr(stage, "CHUNK", 4)
     assert ct.tree(augmented(data, tmp_path / "two", "--workers", "2")) == whole
 
-    real, out = stage.write_atomic, tmp_path / "out"
-    for stop_after in (0, 3, 10, 18, 19, 20):
-        count = 0
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
-        def interrupted(path, content, stop_after=stop_after):
-            nonlocal count
-            count += 1
-            if count > stop_after:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.with_name(path.name + ".tmp").write_bytes(b"half a")
-                raise KeyboardInterrupt
-            real(path, content)
-
-        monkeypatch.setattr(stage, "write_atomic", interrupted)
-        with pytest.raises(SystemExit) as stop:
-            augmented(data, out / str(stop_after))
+    for writes in (0, 1, 4, 11, 19, 20, 21):  # the settings come first, then 18 pictures
+        out = tmp_path / str(writes)
+        with monkeypatch.context() as patch:
+            torn = ct.torn_write(writes, interrupt)
+            patch.setattr(stage, "write_atomic", torn)
+            patch.setattr(files, "write_atomic", torn)
+            with pytest.raises(SystemExit) as stop:
+                augmented(data, out)
         assert stop.value.code == 130
-        monkeypatch.setattr(stage, "write_atomic", real)
-        images = {path: path.stat().st_mtime_ns for path in (out / str(stop_after)).rglob("*.png")}
-        assert len(images) == min(stop_after, 18)
-        assert ct.tree(augmented(data, out / str(stop_after))) == whole
-        assert images == {path: path.stat().st_mtime_ns for path in images}
+        images = ct.times(pictures_of(out))
+        assert len(images) == min(max(writes - 1, 0), 18)
+        assert ct.tree(augmented(data, out)) == whole
+        assert images == ct.times(images)
 
 
 @pytest.mark.parametrize("workers", ct.STOPS)
-def test_stopped_again_and_again_by_signals(data, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(stage, "draw_overview", lambda *_: b"figure")
+def test_stopped_again_and_again_by_signals(data, tmp_path, workers):
     whole = ct.tree(augmented(data, tmp_path / "whole"))
     out, done = tmp_path / "out", {}
     flags = ["--data", str(data), "--out", str(out), "--workers", workers]
     for stop in ct.STOPS[workers]:
-        ct.stopped("02_zoom_augment", *stop, flags)
+        ct.run_stopped("02_zoom_augment", stop, flags)
         assert not (out / "dataset_info.json").exists()  # it was stopped before its end
-        assert done == {path: path.stat().st_mtime_ns for path in done}  # nothing was done twice
-        done = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+        assert done == ct.times(done)  # nothing was done twice
+        done = ct.times(pictures_of(out))
     assert 0 < len(done) <= 18
     stage.main(flags)
     assert ct.tree(out) == whole
-    assert done == {path: path.stat().st_mtime_ns for path in done}
+    assert done == ct.times(done)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk_is_one_line(data, tmp_path, workers):
-    # The system's own refusal: no file may be longer than 1 KiB, pictures have more.
+    # The system's own refusal: no file may be longer than 1000 bytes, pictures have more.
     out = tmp_path / "out"
-    command = [sys.executable, "02_zoom_augment.py", "--data", str(data), "--out", str(out), "--workers", workers]
-    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", *command]
-    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    flags = ["--data", data, "--out", out, "--workers", workers]
+    done = launch.run("02_zoom_augment", *flags, limits={"RLIMIT_FSIZE": 1000})
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].endswith("cannot be written: File too large")
-    assert not list(out.rglob("*.png"))
+    assert not pictures_of(out)
 
 
 def test_overwrite_replaces_what_the_scripts_write_and_nothing_else(data, tmp_path):
-    whole, out = ct.tree(augmented(data, tmp_path / "whole")), augmented(data, tmp_path / "out", "--no-patch")
+    whole = ct.tree(augmented(data, tmp_path / "whole"))
+    out = augmented(data, tmp_path / "out", "--no-patch")
     (out / "thesis.txt").write_text("keep")
     assert ct.tree(augmented(data, out, "--overwrite")) == {**whole, "thesis.txt": b"keep"}
     for around in (data, data.parent):
@@ -262,28 +302,32 @@ def test_overwrite_replaces_what_the_scripts_write_and_nothing_else(data, tmp_pa
 
 def test_other_settings_other_data_and_strange_folders_are_refused(data, tmp_path):
     out = augmented(data, tmp_path / "out")
-    for flags, words in [(("--margin", "0.5"), "margin"), (("--no-patch",), "patch"), (("--border", "0.1"), "border")]:
-        with pytest.raises(SystemExit, match=f"other settings.*{words}"):
-            augmented(data, out, *flags)
+    before = ct.tree(out)
+    changes = {"--margin 0.5": "margin", "--no-patch": "patch", "--border 0.1": "border"}
+    for flags, words in changes.items():
+        with pytest.raises(SystemExit, match=f"other settings .--{words} was"):
+            augmented(data, out, *flags.split())
+    assert ct.tree(out) == before
     with pytest.raises(SystemExit, match="augmented already"):
         augmented(out, tmp_path / "twice")
     with pytest.raises(SystemExit, match="another folder"):
         augmented(data, data)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
-    with pytest.raises(SystemExit, match="not made by"):
-        augmented(data, tmp_path / "mine")
+    for flags in ((), ("--overwrite",)):
+        with pytest.raises(SystemExit, match="mine: holds thesis.txt of another run"):
+            augmented(data, tmp_path / "mine", *flags)
+    assert ct.tree(tmp_path / "mine") == {"thesis.txt": b"keep"}
     with pytest.raises(SystemExit, match="cannot be read"):
         augmented(tmp_path / "nowhere", tmp_path / "out2")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input, beside what tests/test_hostile.py tries
+# ==== Bad input, beside what tests/test_hostile.py tries ====
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, ValueError, OSError])
 def test_an_internal_bug_still_raises(data, tmp_path, monkeypatch, error):
-    def bug(*_):
+    def bug(*_, **__):
         raise error("a bug of ours")
 
     monkeypatch.setattr(stage, "augment", bug)
@@ -324,12 +368,18 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(data, tmp_path):
         augmented(data, tmp_path / "file" / "out")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# ==== The command line ====
 
 
 @pytest.mark.parametrize(
-    "flags", [["--patch", "0"], ["--patch", "1.5"], ["--margin", "-1"], ["--border", "0.5"], ["--workers", "-1"]]
+    "flags",
+    [
+        ["--patch", "0"],
+        ["--patch", "1.5"],
+        ["--margin", "-1"],
+        ["--border", "0.5"],
+        ["--workers", "-1"],
+    ],
 )
 def test_flags_that_make_no_sense(flags, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -338,15 +388,78 @@ def test_flags_that_make_no_sense(flags, capsys):
 
 
 def test_default_folders():
-    folders = [stage.parse_arguments(flags).out for flags in ([], ["--no-patch"], ["--no-patch", "--out", "x"])]
-    assert folders == [Path("data/ct_rate_vqa_zoom"), Path("data/ct_rate_vqa_nopatch"), Path("x")]
+    assert stage.parse_args([]).out == Path("data/ct_rate_vqa_zoom")
+    assert stage.parse_args(["--no-patch"]).out == Path("data/ct_rate_vqa_nopatch")
+    assert stage.parse_args(["--no-patch", "--out", "x"]).out == Path("x")
 
 
-def test_end_to_end_as_a_subprocess(data, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "02_zoom_augment.py", "--patch", "0.5", "--data", str(data), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_end_to_end_by_python(folder_by_python):
+    flags, process = folder_by_python
+    done, out = launch.ended(process), flags[-1]
     assert done.returncode == 0 and str(out) in done.stdout, done.stderr
     assert {record["patch"] for record in read_records(out, "train")} == {20}
-    done = subprocess.run([*command, "--margin", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+    done = launch.run("02_zoom_augment", *flags, "--margin", "1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+# ==== One picture ====
+
+
+@pytest.mark.parametrize("flags", ["", "--no-patch", "--patch 0.5 --margin 1 --border 0.1"])
+def test_one_picture_is_drawn_as_in_the_folder(data, tmp_path, flags):
+    out = augmented(data, tmp_path / "out", *flags.split())
+    before, after = read_records(data, "train")[5], read_records(out, "train")[5]
+    picture = tmp_path / "new" / "zoomed.png"
+    one = ["--image", before["image"], "--box", *before["box"], "--out", picture]
+    stage.main([*map(str, one), *flags.split()])
+    assert picture.read_bytes() == after["image"].read_bytes()
+    assert [path.name for path in picture.parent.iterdir()] == ["zoomed.png"]
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ("0 0 41 10", "does not lie in the picture"),
+        ("5 5 5 9", "does not lie in the picture"),
+    ],
+)
+def test_a_box_beside_the_one_picture_is_one_line(tmp_path, box, words):
+    noise(40, 48).save(tmp_path / "slice.png")
+    flags = ["--image", str(tmp_path / "slice.png"), "--out", str(tmp_path / "out.png")]
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
+        stage.main([*flags, "--box", *box.split()])
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_one_picture_that_cannot_be_read_or_replaced_is_one_line(tmp_path):
+    noise(40, 48).save(tmp_path / "slice.png")
+    box = "--box 5 5 20 20".split()
+    with pytest.raises(SystemExit, match="none.png: cannot be read"):
+        stage.main(["--image", "none.png", *box, "--out", str(tmp_path / "out.png")])
+    flags = ["--image", str(tmp_path / "slice.png"), *box, "--out", str(tmp_path / "x.png")]
+    (tmp_path / "x.png").write_bytes(b"thesis")
+    with pytest.raises(SystemExit, match="x.png: exists"):
+        stage.main(flags)
+    assert (tmp_path / "x.png").read_bytes() == b"thesis"
+    stage.main([*flags, "--overwrite"])
+    drawn = open_picture(tmp_path / "x.png")
+    expected = stage.augment(noise(40, 48), [5, 5, 20, 20])
+    np.testing.assert_array_equal(np.array(drawn), np.array(expected))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--image x.png --out y.png",
+        "--box 1 2 3 4 --out y.png",
+        "--image x.png --box 1 2 3 4",
+        "--image x.png --box 1 2 3 --out y.png",
+        "--image x.png --box -1 2 3 4 --out y.png",
+        "--image x.png --box 1 2 3 4 --out y.png --data z",
+    ],
+)
+def test_flags_of_one_picture_go_together(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        stage.main(flags.split())
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]

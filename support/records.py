@@ -1,0 +1,135 @@
+"""What the scripts hand each other: folders of records, checked when read, dealt into batches."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from rewards import CLASSES
+from support.files import (
+    MAX_SIDE,
+    BadInput,
+    check_fields,
+    inside,
+    open_picture,
+    read_bytes,
+    read_json,
+)
+
+REQUIRED = {"file_name": str, "id": str, "label": str, "question": str, "answer": str, "box": list}
+OPTIONAL = {"volume": str, "patient": str, "category": str, "text": str, "slice": int}
+OPTIONAL |= {"finding": int, "boxes": list, "patch": int}
+# Of dataset_info.json; a folder for 03 to 05 that 02 did not make needs none of them.
+INFO = {"phantoms": bool, "settings": dict, "records": dict, "classes": dict, "skipped": list}
+
+
+def dataset_info(folder: Path) -> dict:
+    """The dataset_info.json that 01 or 02 wrote; its "stage" is "01" or "02". Raises BadInput."""
+    path = Path(folder) / "dataset_info.json"
+    info = read_json(path)
+    stage = info.get("stage") if isinstance(info, dict) else None
+    if stage not in ("01", "02"):
+        raise BadInput(f"{path}: no stage 01 or 02 in it; make the folder with 01_make_dataset.py")
+    try:
+        check_fields(info, *((INFO, {}) if stage == "01" else ({}, INFO)))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    return info
+
+
+def read_records(folder: Path, split: str) -> list[dict]:
+    """The records of <folder>/<split>/metadata.jsonl, each with its picture's path as "image".
+
+    Raises BadInput, naming file, line and field, for the first line that is not a usable record.
+    """
+    path = Path(folder) / split / "metadata.jsonl"
+    records, ids = [], set()
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        try:
+            record = json.loads(line)
+            _check(record, ids)
+            picture = inside(path.parent, record["file_name"])
+            if not picture.is_file():
+                raise BadInput(f"field 'file_name': there is no picture {picture}")
+        except (OSError, ValueError, RecursionError, BadInput) as error:
+            remedy = "mend the line or make the folder again"
+            raise BadInput(f"{path}, line {number}: {error}; {remedy}") from error
+        ids.add(record["id"])
+        records.append({**record, "image": picture})
+    return records
+
+
+def _check(record: object, ids: set[str]) -> None:
+    """Raises BadInput, naming the field, when a metadata line is no record or repeats an id."""
+    check_fields(record, REQUIRED, OPTIONAL)
+    for box in [record["box"], *record.get("boxes", [])]:
+        if not _is_box(box):
+            form = "[x0, y0, x1, y1] in whole px, 0 <= x0 < x1, 0 <= y0 < y1"
+            raise BadInput(f"field 'box': {form}, is needed")
+    if record["label"] not in CLASSES:
+        raise BadInput(f"field 'label': {record['label']!r} is not one of the seven classes")
+    if not record["id"] or record["id"] in ids:
+        raise BadInput(f"field 'id': {record['id']!r} is empty or was used before")
+
+
+def _is_box(box: object) -> bool:
+    if not isinstance(box, list) or [type(edge) for edge in box] != [int] * 4:
+        return False
+    x0, y0, x1, y1 = box
+    return 0 <= x0 < x1 <= MAX_SIDE and 0 <= y0 < y1 <= MAX_SIDE
+
+
+def load_split(folder: Path, split: str) -> list[dict]:
+    """The records of 02's folder. Raises BadInput for 01's: it has no red boxes, and without them a
+    slice with two findings would be one picture with two right answers."""
+    if dataset_info(folder)["stage"] != "02":
+        remedy = f"make its twin with 02_zoom_augment.py --data {folder}"
+        raise BadInput(f"{folder}: has no red boxes; {remedy}")
+    records = read_records(folder, split)
+    if not records:
+        raise BadInput(f"{folder}/{split}/metadata.jsonl: holds no records")
+    absent = sorted(set(CLASSES) - {record["label"] for record in records})
+    if absent and os.environ.get("RANK", "0") == "0":
+        print(f"note: {folder}/{split} has no record of: {', '.join(absent)}", flush=True)
+    return records
+
+
+def pictures(records: list[dict]) -> list[Image.Image]:
+    """The records' pictures, RGB."""
+    return [open_picture(record["image"]).convert("RGB") for record in records]
+
+
+# ==== Batches ====
+
+
+def batch_indices(count: int, batch: int, step: int, seed: int) -> list[int]:
+    """The `batch` dataset indices of one step (from 0): each epoch is shuffled anew, and an epoch
+    begins right after the one before, in the middle of a batch if need be."""
+    places = range(step * batch, (step + 1) * batch)
+    return [_permutation(count, seed, place // count)[place % count] for place in places]
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    import torch  # here: 01 and 02 read records without it
+
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def ahead(function: Callable, items: Iterable) -> Iterator:
+    """Yields function(item) for each item, and prepares the next one in a thread meanwhile:
+    pictures load while the model computes."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
