@@ -25,11 +25,11 @@ test/ hold images and metadata.jsonl, one line per record, which is one finding 
     category, label, text            ReXGroundingCT's code, its class, the report's sentence
     question, answer                 see rewards.py
 
-overview.png shows examples of each class. dataset_info.json holds the settings, the counts per
-split, left_out (findings per category without a class), too_small (findings without one box above
-the limit) and skipped (what cannot be used, and why).
+overview.png shows examples. dataset_info.json holds the settings, the counts per split, left_out
+(findings without a class), too_small (without a box above the limit) and skipped, with reasons.
 """
 
+from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)
 import argparse
 import hashlib
 import json
@@ -47,18 +47,28 @@ import scipy  # scipy.ndimage is loaded at its first use
 from PIL import Image
 from tqdm import tqdm
 
+from assets.phantom import write_phantoms
 from rewards import CLASSES, QUESTION, target
-from support.files import MIN_SIDE, BadInput, claim, png_bytes, read_bytes, read_json, write_atomic
+from support.files import (
+    MIN_SIDE,
+    BadInput,
+    claim,
+    keep,
+    kept,
+    open_picture,
+    png_bytes,
+    read_bytes,
+    write_atomic,
+)
 from support.log import save_figure
 from support.nifti import Nifti, picture_planes, read_header, read_slabs
-from support.phantom import write_phantoms
+from support.records import OUTPUTS, write_records
 from support.rexgroundingct import Case, ct_rate_path, fault, find_ct, finding_axis, read_cases
-from support.stage import finite, fraction, natural, parallel, positive_int, run_stage
+from support.stage import bounded, finite, fraction, natural, parallel, positive_int
 
 DEMO = {"phantoms": 360}
 # The flags that decide the output; kept with it, so that a folder never mixes two settings.
 DECIDING = ("max_slices", "cap", "min_box_fraction", "test_fraction", "window", "seed")
-OUTPUTS = (".work", "train", "test", "overview.png", "dataset_info.json")
 
 # The paper names the seven classes but not which category goes where: this is our reading.
 CLASS_OF = {  # None = left out
@@ -119,10 +129,11 @@ def to_picture_axes(affine: np.ndarray) -> np.ndarray:
     """
     if affine is None:
         raise BadInput("neither sform nor qform: the orientation is unknown")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    known = np.isfinite(affine).all()
+    axes = nib.orientations.io_orientation(affine) if known else np.array(np.nan)
+    if np.isnan(axes).any():  # nibabel cannot place an axis
         raise BadInput("the affine is not finite or is singular: the orientation is unknown")
-    wanted = nib.orientations.axcodes2ornt(("S", "P", "L"))
-    return nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), wanted)
+    return nib.orientations.ornt_transform(axes, nib.orientations.axcodes2ornt(("S", "P", "L")))
 
 
 def area(box: list[int]) -> int:
@@ -235,14 +246,15 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, folder: Path, settings: d
         slices = {k for k, _ in chosen}
         pictures = read_pictures(ct, transform, slices, settings["window"]) if slices else {}
     except BadInput as error:
+        for stray in folder.glob(f"images/{case.volume}_s????.png"):  # of an interrupted run
+            stray.unlink()
         return Result(case.volume, skipped=[fault(case.volume, None, str(error))])
     for k, picture in pictures.items():
         path = folder / "images" / f"{case.volume}_s{k:04d}.png"
         write_atomic(path, png_bytes(Image.fromarray(picture)))
     for k, f in chosen:
         result.records.append(make_record(case, k, f, boxes[f][k]))
-    # Last, since it marks the volume as finished.
-    write_atomic(folder.parent / ".work" / f"{case.volume}.json", json.dumps(asdict(result)))
+    keep(folder.parent / f".work/{case.volume}.json", asdict(result))  # last: it means finished
     return result
 
 
@@ -284,11 +296,9 @@ def make_record(case: Case, k: int, f: int, boxes: list[list[int]]) -> dict:
 
 def read_result(folder: Path, case: Case) -> Result | None:
     """What an earlier run kept of a volume; None unless all its pictures are there."""
-    path = folder.parent / ".work" / f"{case.volume}.json"
-    if path.exists():
-        result = Result(**read_json(path))
-        if all((folder / row["file_name"]).exists() for row in result.records):
-            return result
+    fields = kept(folder.parent / f".work/{case.volume}.json")
+    if fields and all((folder / row["file_name"]).is_file() for row in fields["records"]):
+        return Result(**fields)
     return None
 
 
@@ -354,7 +364,7 @@ def draw_examples(axes, label: str, out: Path, records: dict[str, list[dict]]) -
         axis.axis("off")
     for axis, volume in zip(axes, evenly_spaced(sorted(largest), 3), strict=False):
         split, record = largest[volume]
-        axis.imshow(Image.open(out / split / record["file_name"]), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(open_picture(out / split / record["file_name"]), cmap="gray", vmin=0, vmax=255)
         axis.set_title(f"{volume}, slice {record['slice']}", fontsize=7, pad=2)
         for x0, y0, x1, y1 in record["boxes"]:
             corner = (x0 - 0.5, y0 - 0.5)  # pixel i covers i - 0.5 to i + 0.5
@@ -372,7 +382,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("input").add_argument
     add("--rexgroundingct", type=Path, metavar="DIR", help="with dataset.json and segmentations/")
     add("--ct-rate", type=Path, metavar="DIR", help="CTs: CT-RATE's own tree, or one flat folder")
-    add("--phantoms", type=positive_int, metavar="N", help="synthetic volumes (default 360)")
+    volumes = bounded(int, 1, 100_000, "a whole number from 1 to 100,000")
+    add("--phantoms", type=volumes, metavar="N", help="synthetic volumes (default 360)")
     add("--list-ct", action="store_true", help="print the CT-RATE paths that are needed, and stop")
     add = parser.add_argument_group("what is kept").add_argument
     add("--max-slices", type=positive_int, default=20, metavar="N", help="per case (paper: 20)")
@@ -417,18 +428,11 @@ def build(args: argparse.Namespace) -> None:
         print(f"no real data given: {volumes} (DEMO = {DEMO})", flush=True)
         root = args.out.parent / "phantoms" / f"{count}_seed{args.seed}"
         rex, ct_rate = write_phantoms(root, count, args.seed, args.workers)
-    for folder in (rex, ct_rate):
-        if not folder.is_dir():
-            raise BadInput(f"{folder}: no such folder")
-        if folder.resolve().is_relative_to(args.out.resolve()):
-            raise BadInput(f"{folder}: lies in --out, where files are replaced; choose another")
-
     settings = {name: getattr(args, name) for name in DECIDING} | {"phantoms": count}
-    index = rex / "dataset.json"
-    settings["dataset_sha256"] = hashlib.sha256(read_bytes(index)).hexdigest()
-    cases, skipped = read_cases(index)
+    settings["dataset_sha256"] = hashlib.sha256(read_bytes(rex / "dataset.json")).hexdigest()
+    cases, skipped = read_cases(rex / "dataset.json")
     record = {"script": "01_make_dataset.py", **settings}
-    claim(args.out, record, OUTPUTS, overwrite=args.overwrite)
+    claim(args.out, record, OUTPUTS, overwrite=args.overwrite, inputs=(rex, ct_rate))
     report_skipped(skipped, args.strict)
     split_of = split_patients({case.patient for case in cases}, args.test_fraction, args.seed)
     results, jobs = [], []
@@ -455,11 +459,7 @@ def build(args: argparse.Namespace) -> None:
     if not any(records.values()):
         raise BadInput(f"{rex}: no usable record in {len(cases)} volumes ({len(skipped)} skipped)")
     for split, rows in records.items():
-        folder = args.out / split
-        write_atomic(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        named = {folder / row["file_name"] for row in rows}
-        for stray in set(folder.glob("images/*")) - named:  # of an interrupted run
-            stray.unlink()
+        write_records(args.out / split, rows)
     draw_overview(args.out, records)
     counts = count_records(records)
     info = {"stage": "01", "phantoms": bool(count), "settings": settings, **counts}

@@ -22,10 +22,12 @@ gets the flags as "zoom"; overview.png shows a slice of each class before and af
 command goes on where an interrupted one stopped.
 """
 
+from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)
 import argparse
 import hashlib
 import json
 import math
+import os
 import re
 from contextlib import closing
 from pathlib import Path
@@ -43,11 +45,9 @@ from support.files import (
     write_atomic,
 )
 from support.log import save_figure
-from support.records import dataset_info, read_records
-from support.stage import fraction, natural, non_negative, parallel, run_stage
+from support.records import OUTPUTS, SPLITS, dataset_info, read_records, write_records
+from support.stage import fraction, natural, non_negative, parallel
 
-SPLITS = ("train", "test")
-OUTPUTS = (".work", *SPLITS, "overview.png", "dataset_info.json")
 CHUNK = 64  # records per job: large enough that handing jobs to the workers costs nothing
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -146,7 +146,7 @@ def draw_records(records: list[dict], folder: Path, zoom: dict[str, float]) -> l
         try:
             picture = open_picture(record["image"])
             path = inside(folder, f"images/{record['id']}.png")
-            if not path.exists():
+            if not os.path.isfile(path):
                 write_atomic(path, png_bytes(augment(picture, record["box"], **zoom)))
         except BadInput as error:
             raise BadInput(f"record {record['id']}: {error}") from error
@@ -189,8 +189,9 @@ def draw_overview(records: dict[str, list[dict]], new: dict[str, dict], out: Pat
             rows += [(split, record) for record in records[split] if record["label"] == label]
         if rows:
             split, record = rows[len(rows) // 2]
-            after = Image.open(out / split / new[record["id"]]["file_name"])
-            above.imshow(Image.open(record["image"]).convert("RGB"), interpolation="nearest")
+            before = open_picture(record["image"]).convert("RGB")
+            after = open_picture(out / split / new[record["id"]]["file_name"])
+            above.imshow(before, interpolation="nearest")
             below.imshow(after, interpolation="nearest")
             below.set_title(record["id"], fontsize=7, pad=2)
         above.set_title(label, fontsize=9)
@@ -245,17 +246,15 @@ def draw(args: argparse.Namespace) -> None:
     out = args.out
     if args.image:
         content = png_bytes(augment(open_picture(args.image), args.box, **zoom))
-        if out.exists() and not args.overwrite and read_bytes(out) != content:
+        if os.path.lexists(out) and not args.overwrite and read_bytes(out) != content:
             raise BadInput(f"{out}: exists; choose another --out, or --overwrite it")
         write_atomic(out, content)
         print(f"{out}: the slice as the model is shown it")
         return
 
-    if args.data.resolve().is_relative_to(out.resolve()):
-        raise BadInput(f"{out}: --out must be another folder than --data, and not around it")
     records, info, source = read_source(args.data)
     settings = {"script": "02_zoom_augment.py", **zoom, "source_sha256": source}
-    claim(out, settings, OUTPUTS, overwrite=args.overwrite)
+    claim(out, settings, OUTPUTS, overwrite=args.overwrite, inputs=(args.data,))
     jobs = []
     for split in SPLITS:
         for first in range(0, len(records[split]), CHUNK):
@@ -265,10 +264,7 @@ def draw(args: argparse.Namespace) -> None:
         for drawn in finished:
             new |= {record["id"]: record for record in drawn}
     for split in SPLITS:
-        lines = [json.dumps(new[record["id"]]) + "\n" for record in records[split]]
-        write_atomic(out / split / "metadata.jsonl", "".join(lines))
-        for stray in (out / split).glob("images/.tmp.*"):  # left by an interrupted run
-            stray.unlink()
+        write_records(out / split, [new[record["id"]] for record in records[split]])
     draw_overview(records, new, out)
     info |= {"stage": "02", "zoom": zoom}
     write_atomic(out / "dataset_info.json", json.dumps(info, indent=1))

@@ -37,12 +37,16 @@ Several machines that share a disk (04 and 05 alike):
         --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID \\
         --rdzv-endpoint $(scontrol show hostnames | head -n 1):29500 03_sft.py --resume ...'
 
-A checkpoint of your own, or the authors': any Qwen2.5-VL folder or hub id goes into --model. Your
-own pictures: --data is a folder with dataset_info.json holding {"stage": "02"} and
+A checkpoint of your own, or the authors': any Qwen2.5-VL, Qwen3-VL or Qwen3.5 folder or hub id goes
+into --model. On a small GPU --train lora trains adapters on the language model, which the saved
+checkpoints have merged (about ten times the --lr; it needs the package peft).
+
+Your own pictures: --data is a folder with dataset_info.json holding {"stage": "02"} and
 {train,test}/metadata.jsonl, per line file_name, id, label (one of rewards.CLASSES), question
 (rewards.QUESTION), answer and box.
 """
 
+from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)
 import argparse
 import math
 import time
@@ -60,12 +64,13 @@ from support.log import Log, plot_curves
 from support.records import ahead, batch_indices, load_split, pictures
 from support.stage import (
     Interrupted,
+    bounded,
     fraction,
+    lora_rank,
     natural,
     parse_flags,
     positive,
     positive_int,
-    run_stage,
 )
 
 # Used instead of the defaults when --model descends from the tiny demo checkpoint.
@@ -80,7 +85,8 @@ def encode(records: list[dict], processor: vlm.Processor) -> dict:
     """One micro-batch under the direct prompt, its answers' tokens as labels."""
     prompts = [rewards.prompt(record["question"], "direct") for record in records]
     answers = [rewards.target(record["label"]) for record in records]
-    return vlm.encode(processor, pictures(records), prompts, answers)
+    ids = [record["id"] for record in records]
+    return vlm.encode(processor, pictures(records), prompts, answers, ids)
 
 
 # ==== 2. Loss ====
@@ -142,9 +148,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=Path("data/ct_rate_vqa_zoom"), help="02's folder")
     add("--model", default=str(vlm.TINY), help="folder or hub id; default: the shipped tiny model")
     add("--out", type=Path, default=Path("runs/sft"), help="where the checkpoint goes")
-    add("--train", choices=vlm.GROUPS, default="merger", help="what is trained (merger)")
+    add("--train", choices=vlm.TRAIN, default="merger", help="what is trained (merger)")
+    add("--lora-rank", type=lora_rank, default=16, help="of --train lora's adapters (16)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive, default=2, help="passes over the training split (paper: 2)")
+    epochs = bounded(float, 1e-9, 1e9, "a number from 1e-9 to 1e9")
+    add("--epochs", type=epochs, default=2, help="passes over the training split (paper: 2)")
     add("--max-steps", type=positive_int, help="optimiser steps in all, instead of --epochs")
     add("--lr", type=positive, default=1e-5, help="AdamW's peak learning rate (paper: 1e-5)")
     add("--warmup-ratio", type=fraction, default=0.1, help="share of steps to warm up (paper: 0.1)")
@@ -172,16 +180,15 @@ def sft(args: argparse.Namespace) -> None:
     steps = args.max_steps or math.ceil(args.epochs * len(records) / args.batch_size)
 
     # ---- model and optimiser ----
-    model = distributed.load_for_training(args.model, world, args.shard)
+    model, trained = distributed.load_for_training(args, world)
     processor = vlm.load_processor(args.model)
-    trained = vlm.set_trainable(model, args.train)
+    trial = vlm.try_out(model, processor, records, "direct", world.device)
+    vlm.check_room(model, trial, args.batch_size / world.size)
     count = sum(parameter.numel() for parameter in trained.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     model.train()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if args.shard:
-        trained = distributed.shard(model, world)
+        model.activation_checkpointing_enable()
     parameters = list(trained.values())
     fused = world.device.type == "cuda" or None
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=fused)
@@ -214,7 +221,6 @@ def sft(args: argparse.Namespace) -> None:
         world.sum_gradients(parameters)
         norm = distributed.to_float(torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM))
         if not math.isfinite(loss + norm):
-            bar.close()
             checkpoint.save(args.out, step - 1, model, processor, trained, optimizer, world)
             saved = f"step {step - 1} is saved; lower --lr"
             raise BadInput(f"step {step}: loss or gradient is not finite; {saved}")
@@ -234,12 +240,13 @@ def sft(args: argparse.Namespace) -> None:
         if step % args.save_every == 0 or step == steps or stop:
             checkpoint.save(args.out, step, model, processor, trained, optimizer, world)
         if stop:
-            bar.close()
             raise Interrupted(stop, f"stopped and saved after step {step}; --resume goes on")
     bar.close()
 
     # ---- the checkpoint becomes --out itself ----
-    checkpoint.finish(args.out, world)
+    if done >= steps:  # nothing was left to do; of its files only state.pt has been checked
+        checkpoint.save(args.out, done, model, processor, trained, optimizer, world)
+    checkpoint.finish(args.out, max(done, steps), world)
     if world.main:
         plot_curves(args.out, ["loss", "grad_norm", "lr"])
         print(f"{args.out}: SFT checkpoint, metrics.jsonl, curves.png")

@@ -13,7 +13,8 @@ Paper, Section 2.2. One step, in the order of the code below, for each prompt x 
 Departures from a textbook GRPO, each exact: sampling prefills a prompt once, and scoring packs a
 prompt and its N completions into one row (support/engine.py; --no-prefix-sharing takes the plain
 path below). Old log-probs are the first pass's own values, since rollout and first pass use the
-same weights.
+same weights: on a GPU the rollout's are a bf16 twin of the policy, its fp32 masters rounded as the
+matrix products of a pass round them, and whole where the policy is sharded.
 
     python 04_grpo.py                                      the tiny demo, four minutes
     torchrun --nproc-per-node 8 04_grpo.py --data data/real_zoom --model runs/real_sft --shard \\
@@ -41,6 +42,7 @@ Ctrl-C and SIGTERM let the step end, save it and exit with 130 or 143 (torchrun 
 --resume then goes on bit for bit on a CPU, also with another number of processes.
 """
 
+from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)
 import argparse
 import math
 import time
@@ -54,21 +56,21 @@ from tqdm import tqdm
 import rewards
 from support import checkpoint, distributed, vlm
 from support.distributed import World
-from support.engine import Rollout, as_input, gather_logprobs, packed_logprobs, rollout
+from support.engine import Rollout, as_input, can_pack, gather_logprobs, packed_logprobs, rollout
 from support.files import BadInput
-from support.log import Log, plot_curves, read_log
+from support.log import Log, numbers, plot_curves, read_log
 from support.records import ahead, batch_indices, load_split, pictures
 from support.stage import (
     Interrupted,
     at_least,
     finite,
     fraction,
+    lora_rank,
     natural,
     non_negative,
     parse_flags,
     positive,
     positive_int,
-    run_stage,
 )
 
 # Used instead of the defaults when --model descends from the tiny demo checkpoint.
@@ -156,12 +158,12 @@ def score_samples(
     step: int, records: list[dict], roll: Rollout, processor, stops: list[int], weights: list[float]
 ) -> list[list[Sample]]:
     """The samples of each record's group with their rewards; advantages are filled in later."""
-    groups = []
+    groups, opening = [], vlm.opening(processor, roll.prompts)
     for b, record in enumerate(records):
         group = []
         for n in range(roll.tokens.shape[1]):
             mask = roll.mask[b, n]
-            text = vlm.decode(processor, roll.tokens[b, n][mask].tolist(), stops)
+            text = opening + vlm.decode(processor, roll.tokens[b, n][mask].tolist(), stops)
             parts = rewards.reward(text, record["label"], weights)
             sample = Sample(
                 step=step,
@@ -250,7 +252,8 @@ def update(
     `parts` are the micro-batches and `A` their advantages. A gradient that is not finite ends the
     update before its optimiser step.
     """
-    score = plain_logprobs if args.no_prefix_sharing else packed_logprobs
+    plain = args.no_prefix_sharing or not can_pack(model.config)
+    score = plain_logprobs if plain else packed_logprobs
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     # ---- the denominators of all ranks and micro-batches, known before any backward ----
@@ -266,7 +269,7 @@ def update(
     # ---- log pi_ref, once per rollout ----
     ref_logps, old_logps = [None] * len(parts), [None] * len(parts)
     if args.kl:
-        with torch.no_grad(), distributed.autocast(world.device):
+        with torch.no_grad(), distributed.autocast(world.device), vlm.adapters_off(reference):
             ref_logps = [score(reference, part, args.temperature) for part in parts]
 
     sums = np.zeros(3)  # loss, clip fraction, KL
@@ -307,9 +310,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=Path("data/ct_rate_vqa_zoom"), help="02's folder")
     add("--model", default="runs/sft", help="the SFT checkpoint, also the KL's reference")
     add("--out", type=Path, default=Path("runs/grpo"), help="where the checkpoint goes")
-    add(
-        "--train", choices=vlm.GROUPS, default="llm", help="what is trained (llm; not in the paper)"
-    )
+    add("--train", choices=vlm.TRAIN, default="llm", help="what is trained (llm; paper: nothing)")
+    add("--lora-rank", type=lora_rank, default=16, help="of --train lora's adapters (16)")
     add = parser.add_argument_group("GRPO").add_argument
     add("--group-size", type=at_least(2), default=5, help="N, completions per prompt (paper: 5)")
     add("--prompts-per-step", type=positive_int, default=8, help="prompts per step, all GPUs (8)")
@@ -322,16 +324,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=positive_int, default=512, help="most tokens per completion (512)")
     add("--inner-epochs", type=positive_int, default=1, help="updates per rollout (1: rho is 1)")
     add("--loss-norm", choices=("sequence", "token"), default="sequence", help="see token_weights")
-    add(
-        "--ratio",
-        choices=("token", "sequence"),
-        default="token",
-        help="one per token or completion",
-    )
+    add("--ratio", choices=("token", "sequence"), default="token", help="one rho per such")
     add("--mask-truncated", action="store_true", help="leave cut-off completions out of the loss")
     add("--lr", type=positive, default=1e-6, help="AdamW's learning rate, constant (1e-6)")
     add = parser.add_argument_group("run").add_argument
     add("--micro-batch", type=positive_int, default=1, help="groups per pass: memory only (1)")
+    add("--decode", choices=("dynamic", "static"), default="dynamic", help="static: graph on a GPU")
     add("--no-prefix-sharing", action="store_true", help="score one row per sample: slower")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
     add("--shard", action="store_true", help="FSDP2: spread weights and optimiser over all GPUs")
@@ -352,24 +350,27 @@ def grpo(args: argparse.Namespace) -> None:
     records = load_split(args.data, "train")
     checkpoint.open_run(args, world)
 
-    # ---- policy, frozen reference, optimiser ----
-    model = distributed.load_for_training(args.model, world, args.shard)
+    # ---- policy, its twin for the rollout, frozen reference, optimiser ----
+    model, trained = distributed.load_for_training(args, world)
+    twin = distributed.load_twin(args, model, trained, world)
     processor = vlm.load_processor(args.model)
-    trained, stops = vlm.set_trainable(model, args.train), vlm.stop_ids(model, processor)
-    reference = vlm.frozen_copy(model) if args.kl else None  # before --resume moves the policy
+    trial = vlm.try_out(twin, processor, records, "think", world.device)
+    rows = args.prompts_per_step / world.size
+    vlm.check_room(twin, trial, rows, rows * args.group_size, args.max_new_tokens)
+    stops = vlm.stop_ids(model, processor)
+    # Before --resume moves the policy:
+    reference = distributed.load_reference(args, model, world) if args.kl else None
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     count = sum(parameter.numel() for parameter in trained.values())
-    if args.shard:
-        trained = distributed.shard(model, world)
-        if reference is not None:
-            distributed.shard(reference, world)
     fused = world.device.type == "cuda" or None
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0, fused=fused)
     done = checkpoint.resume(args.out, trained, optimizer, world) if args.resume else 0
     log = Log(args.out / "metrics.jsonl", done, world)
     rollout_log = Log(args.out / "rollouts.jsonl", done, world)
     if world.main:
+        if not can_pack(model.config):
+            print("not only full attention: scoring takes one row per sample, not one per prompt")
         print(f"training {args.train}: {count:,} parameters; {len(records)} prompts")
         ranks = f"{world.size} processes x {args.prompts_per_step / world.size:g} prompts"
         batch = f"{args.prompts_per_step} prompts x {args.group_size} = {ranks}"
@@ -381,7 +382,8 @@ def grpo(args: argparse.Namespace) -> None:
         indices = world.share(batch)
         chosen = [records[i] for i in indices]
         prompts = [rewards.prompt(record["question"], "think") for record in chosen]
-        return indices, vlm.encode(processor, pictures(chosen), prompts)
+        ids = [record["id"] for record in chosen]
+        return indices, vlm.encode(processor, pictures(chosen), prompts, names=ids)
 
     signals = distributed.defer_signals(world)
     bar = tqdm(total=args.steps, initial=done, desc="GRPO", unit="step", disable=not world.main)
@@ -392,9 +394,10 @@ def grpo(args: argparse.Namespace) -> None:
         # ---- 1. rollout: N completions of every prompt in one batch ----
         u = draw_uniforms(indices, step, args).to(world.device)
         prompts = vlm.to_device(prompts, world.device)
-        model.eval()
-        with distributed.autocast(world.device), distributed.gathered(model):
-            roll = rollout(model, prompts, u, stops, args.temperature)
+        distributed.refresh(twin, trained)
+        twin.eval()
+        with distributed.autocast(world.device):
+            roll = rollout(twin, prompts, u, stops, args.temperature, args.decode)
         sampled = time.perf_counter()
 
         # ---- 2. rewards ----
@@ -411,7 +414,6 @@ def grpo(args: argparse.Namespace) -> None:
         parts = [roll.rows(cut) for cut in cuts]
         metrics = update(model, reference, parts, [A[c] for c in cuts], world, optimizer, args)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-            bar.close()
             # With several inner epochs these may be the weights between two of them.
             checkpoint.save(args.out, step - 1, model, processor, trained, optimizer, world)
             saved = f"the last finite weights are saved as checkpoint {step - 1}; lower --lr"
@@ -441,12 +443,13 @@ def grpo(args: argparse.Namespace) -> None:
         if step % args.save_every == 0 or step == args.steps or stop:
             checkpoint.save(args.out, step, model, processor, trained, optimizer, world)
         if stop:
-            bar.close()
             raise Interrupted(stop, f"stopped and saved after step {step}; --resume goes on")
     bar.close()
 
     # ---- the checkpoint becomes --out itself ----
-    checkpoint.finish(args.out, world)
+    if done >= args.steps:  # nothing was left to do; of its files only state.pt has been checked
+        checkpoint.save(args.out, done, model, processor, trained, optimizer, world)
+    checkpoint.finish(args.out, max(done, args.steps), world)
     if world.main:
         plot_curves(args.out, CURVES)
         print_progress(read_log(args.out / "metrics.jsonl"))
@@ -460,8 +463,8 @@ def print_progress(history: list[dict]) -> None:
     tenth = max(1, min(10, len(history) // 2))
     print(f"sampled answers, mean of the first and of the last {tenth} steps:")
     for key in ("reward", "format", "validity", "correctness", "clip_fraction"):
-        first = float(np.mean([row[key] for row in history[:tenth]]))
-        last = float(np.mean([row[key] for row in history[-tenth:]]))
+        values = [value for _, value in numbers(history, key)] or [math.nan]
+        first, last = np.mean(values[:tenth]), np.mean(values[-tenth:])
         print(f"  {key:<14}{first:7.3f} -> {last:.3f}")
 
 

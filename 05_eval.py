@@ -4,8 +4,7 @@ Every model answers every test question twice, greedily: under the direct prompt
 think prompt. Prompts and parser are those of training (rewards.py).
 
     python 05_eval.py                                     the base, runs/sft and runs/grpo
-    python 05_eval.py --model Qwen/Qwen2.5-VL-7B-Instruct runs/sft --judge openai/gpt-oss-20b
-    python 05_eval.py --model runs/sft runs/grpo --chartqa test_human.json --textvqa val.json
+    python 05_eval.py --model runs/sft runs/grpo --judge openai/gpt-oss-20b --textvqa val.json
     python 05_eval.py --model runs/grpo --image zoomed.png      one picture, drawn by 02 --image
     torchrun --nproc-per-node 8 05_eval.py --data data/real_zoom --model runs/real_grpo
 
@@ -27,9 +26,10 @@ metrics.json holds for each model and prompt form
 
 and for each model general skill: the mean score on each set, whole and by part, and the average of
 ChartQA and TextVQA weighted by their counts. "paired" are differences on the same items, of two
-models or of the two prompt forms. Every interval is a 95 % bootstrap over patients.
+models or of the two prompt forms. Intervals: 95 % bootstrap over patients, null below ten.
 """
 
+from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)
 import argparse
 import functools
 import hashlib
@@ -45,22 +45,18 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from support import judge, phantom, tables, vlm, vqa_metrics
+from assets import phantom
+from support import judge, tables, vlm, vqa_metrics
 from support.distributed import World, autocast, start
-from support.files import claim, open_picture, read_bytes, read_json, write_atomic
+from support.files import BadInput, claim, keep, kept, open_picture, read_bytes, write_atomic
 from support.records import load_split
 from support.report import write_report
-from support.stage import parse_flags, positive_int, run_stage
+from support.stage import parse_flags, positive_int
 from support.stats import bootstrap
 
 # Used instead of the defaults when every --model descends from the tiny demo checkpoint.
 DEMO = {"max_new_tokens": 40, "batch_size": 64, "skill": True}
 MODES = {"both": ("direct", "think"), "yes": ("think",), "no": ("direct",)}
-SCORES = {  # of the general-skill sets
-    "skill": vqa_metrics.exact_match,
-    "chartqa": vqa_metrics.relaxed_accuracy,
-    "textvqa": vqa_metrics.textvqa_accuracy,
-}
 OUTPUTS = ("predictions.jsonl", "general.jsonl", "metrics.json", "table.md")
 OUTPUTS += ("confusion.png", "examples.png", "report.html")
 
@@ -82,14 +78,15 @@ def answer(model, processor, images: list, prompts: list, tokens: int, device) -
             chats.append([{"role": "user", "content": content}])
         form = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         form["processor_kwargs"] = {"padding": True, "padding_side": "left"}
-        batch = processor.apply_chat_template(chats, add_generation_prompt=True, **form)
-    limits = vlm.GREEDY | ends | {"max_new_tokens": tokens}
+        with vlm.guarded(model.name_or_path, "its processor does not work"):
+            batch = processor.apply_chat_template(chats, add_generation_prompt=True, **form)
+    vlm.check_room(model, batch, len(prompts), len(prompts), tokens)
     with autocast(device):
-        out = model.generate(**vlm.to_device(batch, device), **limits)
-    rows = out[:, batch["input_ids"].shape[1] :].tolist()  # [B, T]
+        rows = vlm.generate(model, vlm.to_device(batch, device), tokens, **ends)  # [B][T]
+    begun = vlm.opening(processor, batch)
     if ours:
-        return [vlm.decode(processor, row, stops) for row in rows]
-    return processor.batch_decode(rows, skip_special_tokens=True)
+        return [begun + vlm.decode(processor, row, stops) for row in rows]
+    return [begun + text for text in processor.batch_decode(rows, skip_special_tokens=True)]
 
 
 def digest(value: object) -> str:
@@ -98,30 +95,39 @@ def digest(value: object) -> str:
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
-def work_once(place: Path, items: list, size: int, work: Callable, world: World, desc: str) -> list:
+def work_once(
+    place: Path, items: list, size: int, work: Callable, world: World, desc: str, together=False
+) -> list:
     """One result per item, by `work` on batches of `size`, which are dealt out over ranks.
 
-    Each batch's results are a file of `place`, named by what was asked. So nothing is done twice,
-    and as the batches are the same however many ranks there are and wherever a run was cut, so are
-    the results. All ranks share the disk.
+    `together`: every rank works on every batch, since each holds a part of the model. A batch's
+    results are a file of `place`, named by what was asked. So nothing is done twice, and however
+    many ranks there are and wherever a run was cut, results are the same. All share the disk.
     """
     batches = [items[i : i + size] for i in range(0, len(items), size)]
     files = [place / f"{digest(batch)}.json" for batch in batches]
-    missing = []
-    if world.main:  # rank 0 alone looks: others may already be writing by then
-        missing = [i for i, file in enumerate(files) if not file.exists()]
+    # Rank 0 alone looks: others may already be writing by then.
+    missing = [i for i, file in enumerate(files) if world.main and kept(file) is None]
     missing = world.gather(missing)
-    quiet = not world.main or not missing
-    for i in tqdm(world.share(missing), desc=desc, unit="batch", disable=quiet):
-        write_atomic(files[i], json.dumps(work(batches[i])))
+    share = missing if together else world.share(missing)
+    for i in tqdm(share, desc=desc, unit="batch", disable=not (world.main and missing)):
+        results = work(batches[i])
+        if world.main or not together:
+            keep(files[i], results)
     world.wait()
-    return list(itertools.chain.from_iterable(map(read_json, files)))
+    results = list(map(kept, files))
+    if None in results:
+        raise BadInput(f"{place}: answers were removed or damaged meanwhile; start again")
+    return list(itertools.chain.from_iterable(results))
 
 
 def ask(name: str, place: Path, tasks: dict, args, world: World) -> dict[str, list[str]]:
     """One model's completions of each task's pairs [picture's path, prompt]."""
-    # Called only when answers are missing.
-    load = functools.cache(lambda: (vlm.load_model(name, world.device), vlm.any_processor(name)))
+    split = world.size if args.tensor_parallel else 1
+
+    @functools.cache  # and called only when answers are missing
+    def load() -> tuple:
+        return vlm.load_model(name, world.device, split=split), vlm.any_processor(name)
 
     def work(batch: list) -> list[str]:
         images = [open_picture(Path(path)).convert("RGB") for path, _ in batch]
@@ -130,8 +136,8 @@ def ask(name: str, place: Path, tasks: dict, args, world: World) -> dict[str, li
 
     texts = {}
     for task, pairs in tasks.items():
-        title = f"{Path(name).name}, {task}"
-        texts[task] = work_once(place / task, pairs, args.batch_size, work, world, title)
+        desc = f"{Path(name).name}, {task}"
+        texts[task] = work_once(place / task, pairs, args.batch_size, work, world, desc, split > 1)
     return texts
 
 
@@ -195,7 +201,7 @@ def skills(name: str, key: str, questions: list[dict], texts: list[str]) -> list
     """What one model answers to one general-skill set, with the scores."""
     rows = []
     for q, text in zip(questions, texts, strict=True):
-        score = SCORES[key](vqa_metrics.bare(text), q["answers"])
+        score = vqa_metrics.SCORES[key](vqa_metrics.bare(text), q["answers"])
         patient = q.get("patient", q["image"].name)
         asked = q["part"], q["id"], patient, q["question"], q["answers"]
         rows.append(Skill(name, key, *asked, text, score))
@@ -280,10 +286,7 @@ def weighted_average(general: dict) -> float | None:
 
 
 def paired_differences(rows: list, general: list, names: dict, modes: tuple) -> list[dict]:
-    """Second minus first on the same items: of every two models, and of think and direct prompt.
-
-    `names`: model -> its name in the result.
-    """
+    """Second minus first on the same items: of two models (named by `names`) and of two prompts."""
     values, patients = defaultdict(list), defaultdict(list)
     for row in rows:
         values[row.model, row.mode].append(row.correctness)
@@ -341,7 +344,7 @@ def checkpoint_digest(name: str) -> str:
         if file.suffix in (".safetensors", ".json", ".jinja", ".txt") and file.is_file():
             with open(file, "rb") as content:
                 of_file = hashlib.file_digest(content, "blake2b").digest()
-            total.update(file.name.encode() + of_file)
+            total.update(file.name.encode(errors="surrogateescape") + of_file)
     return total.hexdigest()
 
 
@@ -355,9 +358,8 @@ def open_out(args: argparse.Namespace) -> None:
         settings[flag] = [digest(read_bytes(path)) for path in paths]
     for flag in ("think", "limit", "max_new_tokens", "batch_size", "skill"):
         settings[flag] = getattr(args, flag)
-    go_on = not args.overwrite
     outputs = (*OUTPUTS, ".work/*")
-    claim(args.out, settings, outputs, go_on=go_on, overwrite=args.overwrite)
+    claim(args.out, settings, outputs, go_on=not args.overwrite, overwrite=args.overwrite)
 
 
 def write_results(args, records: list[dict], rows: list[Diagnosis], general: list[Skill]) -> None:
@@ -396,7 +398,6 @@ def write_results(args, records: list[dict], rows: list[Diagnosis], general: lis
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, with DEMO's values for the tiny demo checkpoint."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     models, chart = [str(vlm.TINY), "runs/sft", "runs/grpo"], "image, question, answer"
@@ -407,10 +408,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=positive_int, help="only the first so many questions of each file")
     add("--image", type=Path, help="only print the answers about this picture that 02 drew")
     add = parser.add_argument_group("beyond accuracy").add_argument
-    judges = "keyword (offline) or a causal language model (%(default)s; paper: openai/gpt-oss-20b)"
-    add("--judge", default="keyword", help=judges)
-    skill = "attribute questions that the tiny base was taught (default: for the demo)"
-    add("--skill", action=argparse.BooleanOptionalAction, help=skill)
+    add("--judge", default="keyword", help="keyword, or a language model (paper: gpt-oss-20b)")
+    add("--skill", action=argparse.BooleanOptionalAction, help="ask what the tiny base was taught")
     add("--chartqa", type=Path, nargs="+", default=[], help=f"its JSON, or JSONL of {chart}")
     add("--textvqa", type=Path, nargs="+", default=[], help="its JSON, or JSONL with ten answers")
     add = parser.add_argument_group("running").add_argument
@@ -418,6 +417,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="start anew where --out holds other results")
     add("--max-new-tokens", type=positive_int, default=512, help="limit per answer (%(default)s)")
     add("--batch-size", type=positive_int, default=8, help="questions per GPU (%(default)s)")
+    add("--tensor-parallel", action="store_true", help="split each model over torchrun's GPUs")
     args = parse_flags(parser, argv, DEMO)
     if len(set(args.model)) < len(args.model):
         parser.error("--model names a checkpoint twice; name each once")

@@ -41,8 +41,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import rewards
-from support import phantom, vlm
-from support.phantom import ASK, ATTRIBUTES
+from assets import phantom
+from assets.phantom import ASK, ATTRIBUTES
+from support import vlm
 from support.records import read_records
 from support.stage import natural, positive_int
 

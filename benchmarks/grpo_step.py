@@ -3,6 +3,7 @@ and their ratio.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python -m benchmarks.grpo_step                               CPU, the tiny shape, two minutes
+    python -m benchmarks.grpo_step --lengths varied              completions of unequal length
     python -m benchmarks.grpo_step --shape 3b --device cuda --image 512 --text-tokens 100 \
         --tokens 200 --trl-micro-batch 1
 
@@ -31,7 +32,12 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen2_5_VLConfig,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from assets import build_tiny_vlm
@@ -43,8 +49,10 @@ TEXT += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
 SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 TINY_VISION = {"hidden_size": 128, "depth": 4, "intermediate_size": 344, "num_heads": 4}
 TINY_VISION |= {"fullatt_block_indexes": [3]}
-# TEXT, mrope_section, vision tower. "tiny" has the proportions of the 3B: 5.7 M parameters.
+# TEXT, mrope_section, vision tower. "tiny" has the proportions of the 3B: 5.7 M parameters; "micro"
+# is for checks that look at no time.
 SHAPES = {
+    "micro": ((128, 2, 384, 4, 2, 560, True), [4, 6, 6], TINY_VISION),
     "tiny": ((256, 4, 1152, 8, 2, 560, True), [4, 6, 6], TINY_VISION),
     "3b": ((2048, 36, 11008, 16, 2, 151936, True), [16, 24, 24], {"hidden_size": 1280}),
     "7b": ((3584, 28, 18944, 28, 4, 152064, False), [16, 24, 24], {"hidden_size": 1280}),
@@ -168,16 +176,32 @@ class Side:
         print(json.dumps(row), file=self.answers, flush=True)
 
 
+def draw_lengths(args, step: int) -> np.ndarray:
+    """The tokens of each completion of a step, EOS counted, [prompts, samples].
+
+    "varied": a skewed draw whose longest has --tokens and whose mean is about 0.4 of that.
+    """
+    if args.lengths == "fixed":
+        return np.full((args.prompts, args.samples), args.tokens)
+    share = np.random.default_rng(step).beta(1.5, 3, (args.prompts, args.samples))
+    return np.ceil(args.tokens * share / share.max()).astype(int)
+
+
 def run_04(args, side: Side, model, processor, prompts: list[str], images: list, rng) -> None:
     """The functions of 04_grpo.py in the order of its main loop."""
     grpo = importlib.import_module("04_grpo")
-    flags = ["--model", str(vlm.TINY), "--inner-epochs", "1", "--lr", "1e-6"]
+    flags = ["--model", str(vlm.TINY), "--train", args.train, "--inner-epochs", "1"]
     flags += ["--micro-batch", str(args.micro_batch), "--group-size", str(args.samples)]
-    flags = grpo.parse_args([*flags, "--max-new-tokens", str(args.tokens)])
-    world = distributed.World(0, 1, side.device)
-    trained = vlm.set_trainable(model, args.train)
-    reference = vlm.frozen_copy(model)
-    optimizer = torch.optim.AdamW(trained.values(), lr=flags.lr, weight_decay=0.0)
+    flags += ["--max-new-tokens", str(args.tokens), "--decode", args.decode, "--lr", "1e-6"]
+    flags = grpo.parse_args(flags)
+    world = distributed.World(0, 1, side.device, model.dtype)
+    stop = model.config.text_config.vocab_size - 1
+    with patch.object(vlm, "load_model", lambda *_: model):
+        model, trained = distributed.load_for_training(flags, world)
+        twin = distributed.load_twin(flags, model, trained, world)
+        reference = distributed.load_reference(flags, model, world)
+    fused = side.device.type == "cuda" or None
+    optimizer = torch.optim.AdamW(trained.values(), lr=flags.lr, weight_decay=0.0, fused=fused)
     side.time(grpo, "rollout", "rollout")
     side.time(grpo, "packed_logprobs", lambda used: "forward" if used is model else "reference")
     side.time(torch.Tensor, "backward", "backward")
@@ -185,10 +209,16 @@ def run_04(args, side: Side, model, processor, prompts: list[str], images: list,
     for step in range(args.warmup + args.steps):
         side.wait()
         batch = vlm.to_device(vlm.encode(processor, images, prompts), side.device)
-        u = grpo.draw_uniforms(list(range(args.prompts)), step, flags).to(side.device)
-        model.eval()
+        # The last word ends a completion. Only 1 draws it: it is less probable than 0.1.
+        u = 0.9 * grpo.draw_uniforms(list(range(args.prompts)), step, flags)
+        lengths = torch.from_numpy(draw_lengths(args, step))
+        u.scatter_(2, lengths[..., None] - 1, 1.0)
+        distributed.refresh(twin, trained)
+        twin.eval()
         with distributed.autocast(side.device):
-            roll = grpo.rollout(model, batch, u, [], flags.temperature)
+            u = u.to(side.device)
+            roll = grpo.rollout(twin, batch, u, [stop], flags.temperature, flags.decode)
+        assert torch.equal(roll.mask.sum(2).cpu(), lengths)
         for tokens in roll.tokens.flatten(0, 1).tolist():
             vlm.decode(processor, tokens, [])
         reward = torch.from_numpy(rng.integers(0, 5, (args.prompts, args.samples))).float()
@@ -198,6 +228,20 @@ def run_04(args, side: Side, model, processor, prompts: list[str], images: list,
         parts = [roll.rows(cut) for cut in cuts]
         grpo.update(model, reference, parts, [A[c] for c in cuts], world, optimizer, flags)
         side.answer()
+
+
+class EndAt(LogitsProcessor):
+    """Makes each row's completion end with EOS after its number of tokens."""
+
+    def __init__(self, lengths: torch.Tensor, eos: int):
+        self.lengths, self.eos, self.tokens = lengths, eos, 0
+
+    def __call__(self, input_ids, scores):
+        self.tokens += 1
+        ends = self.lengths == self.tokens
+        scores[ends] = -torch.inf
+        scores[ends, self.eos] = 0.0
+        return scores
 
 
 def run_trl(args, side: Side, model, processor, prompts: list[str], images: list, rng) -> None:
@@ -216,13 +260,16 @@ def run_trl(args, side: Side, model, processor, prompts: list[str], images: list
     trl_utils._use_triton = lambda device: True
     reference = copy.deepcopy(model).requires_grad_(False)  # in the checkpoint's dtype, as 04's
     vlm.set_trainable(model, args.train)
+    distributed.make_masters(model)
     special = processor.tokenizer.convert_tokens_to_ids(build_tiny_vlm.SPECIAL)
     special = {*vlm.stop_ids(model, processor), *special}
     rows = []
     for prompt, image in zip(prompts, images, strict=True):
         rows.append({"prompt": prompt, "image": image})
 
-    def reward(completions, **_) -> list[float]:
+    def reward(completions, completion_ids, **_) -> list[float]:
+        lengths = draw_lengths(args, trainer.state.global_step)
+        assert list(map(len, completion_ids)) == lengths.flatten().tolist()
         return rng.integers(0, 5, len(completions)).astype(float).tolist()
 
     trainer = trl_trainer(
@@ -242,9 +289,17 @@ def run_trl(args, side: Side, model, processor, prompts: list[str], images: list
         bf16=side.device.type == "cuda",
     )
 
+    generate = model.generate
+
+    def generate_lengths(*given, **options):
+        lengths = torch.from_numpy(draw_lengths(args, trainer.state.global_step)).flatten()
+        end = EndAt(lengths.to(side.device), processor.tokenizer.eos_token_id)
+        return generate(*given, logits_processor=LogitsProcessorList([end]), **options)
+
     def part(used) -> str:
         return "reference" if used is trainer.ref_model else "forward"
 
+    model.generate = generate_lengths
     trainer.add_callback(InTurn())
     side.time(trainer, "_generate_single_turn", "rollout")
     side.time(trainer, "_get_per_token_logps_and_entropies", part)
@@ -287,7 +342,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--image", type=int, default=224, help="side of the square pictures in px (224)")
     add("--prompts", type=int, default=8, help="prompts per step (8)")
     add("--samples", type=int, default=5, help="completions per prompt (5)")
-    add("--tokens", type=int, default=64, help="tokens per completion (64)")
+    add("--tokens", type=int, default=64, help="tokens per completion, the most if varied (64)")
+    add("--lengths", choices=("fixed", "varied"), default="fixed", help="of completions (fixed)")
+    add("--decode", choices=("dynamic", "static"), default="dynamic", help="04's flag (dynamic)")
     add("--text-tokens", type=int, default=50, help="a prompt's tokens but for its picture (50)")
     add("--micro-batch", type=int, default=1, help="04's flag: groups per training pass (1)")
     add("--trl-micro-batch", type=int, help="the same for trl (all of a step at once)")
@@ -326,6 +383,9 @@ def print_table(args, loaded: dict[str, dict], rows: dict[str, list[dict]]) -> N
     versions = [f"{package} {version(package)}" for package in ("trl", "transformers", "torch")]
     size = f"{args.image} px, {args.prompts} x {args.samples} x {args.tokens} tokens"
     print(f"{args.shape}, training {args.train}, {size}, {args.device}, threads: {args.threads}")
+    steps = range(args.warmup, args.warmup + args.steps)
+    mean = statistics.mean(draw_lengths(args, step).mean() for step in steps)
+    print(f"lengths {args.lengths}, mean {mean:.1f}; --decode {args.decode}")
     print(", ".join(versions))
     print("\n| | trl | 04_grpo.py | ratio |\n| --- | --- | --- | --- |")
     for name, theirs, ours in table:

@@ -192,13 +192,13 @@ def read_items(folder: Path) -> dict[str, dict[str, tuple[float, str, str]]]:
 
 def difference(first: dict, second: dict) -> dict | None:
     """Mean of the items' differences and its 95 % bootstrap interval over patients, in percentage
-    points; None where no item has a value in both."""
+    points; None where items with a value in both are missing or of fewer than ten patients."""
     both = [key for key in first if key in second]
     if not both:
         return None
     gains = np.array([100 * (first[key][0] - second[key][0]) for key in both])
     found = bootstrap(gains, [first[key][1] for key in both])
-    return {"mean": found["mean"], "interval": found["interval_95"]}
+    return found["interval_95"] and {"mean": found["mean"], "interval": found["interval_95"]}
 
 
 def over_seeds(seeds: list[dict]) -> tuple[float, float, float]:
@@ -257,7 +257,7 @@ def effect(items: dict, first: str, second: str, sign: int) -> list[str]:
         return [expected, "a run failed", "", "not resolved"]
     pairs = [difference(one[first[1]], other[second[1]]) for one, other in sides]
     if None in pairs:
-        return [expected, "no items in common", "", "not resolved"]
+        return [expected, "too few patients in common", "", "not resolved"]
     middle, low, high = over_seeds(pairs)
     each = ", ".join(f"{pair['mean']:+.1f}" for pair in pairs)
     interval = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"

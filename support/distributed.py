@@ -5,12 +5,13 @@ all-reduce after a step's last micro-batch. So a gradient does not depend on the
 micro-batches.
 """
 
+import argparse
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,11 +25,13 @@ from support.files import BadInput
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: its rank, how many there are, and its device."""
+    """This process among its peers: its rank, how many there are, its device, and the dtype that
+    models are loaded and compute in: bf16 on a GPU, fp32 on a CPU."""
 
     rank: int
     size: int
     device: torch.device
+    dtype: torch.dtype = torch.float32
 
     @property
     def main(self) -> bool:
@@ -77,13 +80,17 @@ class World:
 def start() -> World:
     """Joins torchrun's process group, if there is one. Raises BadInput for too few GPUs."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if here > torch.cuda.device_count():
             raise BadInput(f"{here} processes but {torch.cuda.device_count()} GPUs on this machine")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        dtype = torch.bfloat16
         torch.cuda.set_device(device)
+        # cuDNN's attention, which torch prefers on the newest GPUs, plans anew for every shape. A
+        # growing cache has a new one for every token, and so has every batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if size > 1 and not dist.is_initialized():
         # Two hours: the others wait while rank 0 writes a checkpoint, maybe to a slow disk.
         timeout = timedelta(hours=2)
@@ -91,7 +98,7 @@ def start() -> World:
             dist.init_process_group("nccl", timeout=timeout, device_id=device)
         else:
             dist.init_process_group("gloo", timeout=timeout)
-    return World(rank, size, device)
+    return World(rank, size, device, dtype)
 
 
 def seed_step(seed: int, step: int, world: World) -> None:
@@ -161,55 +168,94 @@ def check_batch(flag: str, batch: int, world: World, shard: bool) -> None:
         raise BadInput(f"{flag} {batch} must be a multiple of {world.size} processes under --shard")
 
 
-def load_for_training(name: str, world: World, shard: bool) -> torch.nn.Module:
-    """The model, bf16 on GPUs and fp32 on CPUs; one to be sharded is loaded into CPU memory."""
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    model = vlm.load_model(name, torch.device("cpu") if shard else world.device, dtype)
-    # Autocast leaves an embedding as it is: fp32 masters would make the whole residual stream and
-    # the KV cache fp32, too.
-    embedding = model.get_input_embeddings()
-    embedding.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-    return model
+def load_for_training(args: argparse.Namespace, world: World) -> tuple[torch.nn.Module, dict]:
+    """The policy, --model with what --train names trained, and its trained parameters by name.
+
+    Frozen weights keep `world.dtype`, trained ones are fp32 masters. With --shard each process
+    holds the checkpoint in CPU memory until it has taken its shards.
+    """
+    device = torch.device("cpu") if args.shard else world.device
+    model = vlm.load_model(args.model, device, world.dtype)
+    vlm.set_trainable(model, args.train, args.lora_rank)
+    if args.shard:
+        shard(model, world)
+    else:
+        make_masters(model)
+        # Autocast leaves an embedding as it is: fp32 masters would make all that follows fp32.
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, inputs, output: output.to(world.dtype))
+    return model, {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def shard(model: torch.nn.Module, world: World) -> dict[str, torch.nn.Parameter]:
-    """Spreads a model over all ranks with FSDP2; returns its trained parameters' shards by name.
+def load_reference(args: argparse.Namespace, model, world: World) -> torch.nn.Module:
+    """--model as it is before the policy `model` is trained: its copy, shards of its own, or the
+    policy itself, whose adapters can be switched off (vlm.adapters_off)."""
+    if vlm.has_adapters(model):
+        return model
+    if not args.shard:
+        return vlm.frozen_copy(model)
+    reference = vlm.load_model(args.model, torch.device("cpu"), world.dtype).requires_grad_(False)
+    shard(reference, world)
+    return reference
 
-    Trained shards are fp32 masters; a gathered layer is bf16 on a GPU. Only the root's forward may
-    be called from now on.
+
+def load_twin(args: argparse.Namespace, model, trained: dict, world: World) -> torch.nn.Module:
+    """The model that samples for the policy `model`: whole, in `world.dtype`, with its weights.
+
+    So decoding neither casts masters nor gathers shards for each token. In fp32 an unsharded policy
+    is its own twin. Else it is a copy, which shares frozen tensors unless those are shards.
+    """
+    if world.dtype == torch.float32 and not args.shard:
+        return model
+    if args.shard:
+        twin = vlm.load_model(args.model, world.device, world.dtype)
+        vlm.set_trainable(twin, args.train, args.lora_rank)
+        return twin
+    twin = vlm.frozen_copy(model)
+    for name in trained:  # the engine reads from it what is trained
+        twin.get_parameter(name).requires_grad_(True)
+    return twin
+
+
+@torch.no_grad()
+def refresh(twin: torch.nn.Module, trained: dict[str, torch.nn.Parameter]) -> None:
+    """Gives the twin the policy's present weights, in place. All ranks must call it."""
+    for name, parameter in trained.items():
+        copy = twin.get_parameter(name)
+        if is_sharded(parameter):
+            parameter = parameter.to(copy.dtype).full_tensor()
+        copy.copy_(parameter)
+
+
+def make_masters(module: torch.nn.Module) -> None:
+    """Makes the module's trained parameters fp32: an update is too small a change for bf16."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def shard(model: torch.nn.Module, world: World) -> None:
+    """Spreads a model over the GPUs of each machine with FSDP2, and copies that over the machines.
+
+    Trained shards become fp32 masters, layer by layer: nowhere does the model lie whole in fp32. A
+    gathered layer has `world.dtype`. Only the root's forward may be called from now on, and nothing
+    may hold an original parameter, or all of them would stay on every GPU.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy()
-    if world.device.type == "cuda":
-        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    here, dims = int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), ("replicate", "shard")
+    mesh = init_device_mesh(world.device.type, (world.size // here, here), mesh_dim_names=dims)
+    mesh = mesh["shard"] if here == world.size else mesh
+    # Inputs are not cast: bf16 would round the angles of the vision tower's rotary positions.
+    policy = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
     layers = [part for part in model.modules() if type(part).__name__ in model._no_split_modules]
     for module in [*layers, model]:
+        make_masters(module)
         # By default the root would stay gathered after its first use.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # summed, not averaged
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
-    return {name: value for name, value in model.named_parameters() if value.requires_grad}
-
-
-@contextmanager
-def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """Within, a sharded model's layers stay gathered after their first use.
-
-    A rollout would otherwise gather every weight again for each token, and ranks could not run
-    different numbers of decode steps.
-    """
-    if not hasattr(model, "set_reshard_after_forward"):  # it is not sharded
-        yield
-        return
-    model.set_reshard_after_forward(False)
-    yield
-    model.set_reshard_after_forward(True)
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
 
 
 def is_sharded(value: object) -> bool:
@@ -223,10 +269,8 @@ def to_float(norm: torch.Tensor) -> float:
 
 
 def whole(value: object, world: World) -> object:
-    """A sharded tensor in one piece on rank 0's CPU, None elsewhere; other values as they are.
-
-    All ranks must call it.
-    """
+    """A sharded tensor in one piece on rank 0's CPU, None elsewhere; other values as they are. All
+    ranks must call it."""
     if not is_sharded(value):
         return value
     full = value.full_tensor()

@@ -1,7 +1,7 @@
 """Which class does reasoning, read alone, make most probable? Two judges for Fig. 3's consistency.
 
 The keyword judge (offline, the default) counts words. It applies the phantoms' own rule from looks
-to class (support/phantom.py, LOOKS) to the looks that the reasoning names. It can show whether a
+to class (assets/phantom.py, LOOKS) to the looks that the reasoning names. It can show whether a
 model's answers follow what it says it sees. It cannot show that an answer results from the
 reasoning, nor judge an argument: it reads words, not sentences. The paper's judge is a language
 model, `language_judge`.
@@ -62,15 +62,24 @@ def language_judge(name: str, device: torch.device) -> Callable[[list[str]], lis
     The judge takes texts and gives a class per text: None where the reply is cut off at
     REPLY_TOKENS or names no class. Raises BadInput when the model cannot be loaded.
     """
-    tokenizer = vlm.pretrained("AutoTokenizer", name)
-    model = vlm.pretrained("AutoModelForCausalLM", name, dtype="auto", use_safetensors=True)
+    from transformers import Mxfp4Config
+
+    tokenizer, options = vlm.pretrained("AutoTokenizer", name), {"use_safetensors": True}
+    stored = getattr(vlm.pretrained("AutoConfig", name), "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == "mxfp4":
+        # gpt-oss: as it is, it needs more packages.
+        options["quantization_config"] = Mxfp4Config(dequantize=True)  # to bf16
+    model = vlm.pretrained("AutoModelForCausalLM", name, dtype="auto", **options)
     model = model.to(device).eval()
+    vlm.generate_plainly(model, name)
     stops = model.generation_config.eos_token_id
     if not isinstance(stops, list):
         stops = [tokenizer.eos_token_id if stops is None else stops]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = stops[0]
     chat = tokenizer.chat_template is not None
+    if chat:
+        vlm.try_template(name, tokenizer, PROMPT)
     limits = {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
 
     def prompt(text: str) -> str:
@@ -82,12 +91,11 @@ def language_judge(name: str, device: torch.device) -> Callable[[list[str]], lis
     @torch.no_grad()
     def judge(texts: list[str]) -> list[str | None]:
         padding = {"padding": True, "padding_side": "left", "add_special_tokens": not chat}
-        batch = tokenizer([prompt(text) for text in texts], return_tensors="pt", **padding)
-        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)  # [B, T]
-        form = vlm.GREEDY | limits | {"max_new_tokens": REPLY_TOKENS}
-        out = model.generate(input_ids=ids, attention_mask=mask, **form)
+        with vlm.guarded(name, "its tokenizer or chat template does not work"):
+            batch = tokenizer([prompt(text) for text in texts], return_tensors="pt", **padding)
+        batch = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}  # [B, T]
         verdicts = []
-        for row in out[:, ids.shape[1] :].tolist():
+        for row in vlm.generate(model, batch, REPLY_TOKENS, **limits):
             ended = any(stop in row for stop in stops)
             reply = tokenizer.decode(row, skip_special_tokens=True)
             verdicts.append(last_class(reply) if ended else None)

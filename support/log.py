@@ -5,7 +5,7 @@ import json
 import math
 from pathlib import Path
 
-from support.files import write_atomic, writing
+from support.files import read_bytes, write_atomic, writing
 
 
 class Log:
@@ -16,7 +16,7 @@ class Log:
         if world.main:
             lines = []
             for row in read_log(path) if steps_done else []:
-                if isinstance(row, dict) and row.get("step", math.inf) <= steps_done:
+                if row.get("step", math.inf) <= steps_done:
                     lines.append(json.dumps(row) + "\n")
             write_atomic(path, "".join(lines))
 
@@ -28,14 +28,28 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a metrics or rollout file; a last line cut short by a kill is left out."""
+    """The rows of a metrics or rollout file up to the first that is none: a kill cuts one short."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in read_bytes(path).splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # of JSON or of UTF-8
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # of JSON or of UTF-8
             break
+        step = row.get("step", 0) if isinstance(row, dict) else None
+        if type(step) is not int or not 0 <= step < 2**31:
+            break
+        rows.append(row)
     return rows
+
+
+def numbers(rows: list[dict], key: str) -> list[tuple[int, float]]:
+    """The (step, value) pairs of a metric; what is no number is left out."""
+    pairs = []
+    for row in rows:
+        value = row.get(key)
+        if isinstance(value, (int, float)) and abs(value) < 1e300:  # NaN is not
+            pairs.append((row.get("step", 0), value))
+    return pairs
 
 
 def save_figure(path: Path, figure) -> None:
@@ -56,9 +70,8 @@ def plot_curves(out: Path, keys: list[str], smooth: int = 5) -> None:
     figure = Figure(figsize=(4 * columns, 2.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, key in zip(axes, keys, strict=False):
-        known = [row for row in rows if row.get(key) is not None]
-        steps = [row["step"] for row in known]
-        values = [row[key] for row in known]
+        pairs = numbers(rows, key)
+        steps, values = [step for step, _ in pairs], [value for _, value in pairs]
         means = []
         for i in range(len(values)):
             recent = values[max(0, i - smooth + 1) : i + 1]

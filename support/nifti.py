@@ -18,14 +18,12 @@ import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from nibabel.orientations import apply_orientation
 from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 
-from support.files import BadInput, check_regular
+from support.files import BadInput, reading
 
 _SILENT = logging.Logger("nifti", logging.CRITICAL)  # nibabel reports each field that it repairs
 _DEFLATE = 1032  # gzip's largest factor: a header that asks for more than that is lying
-_READ_ERRORS = (OSError, EOFError, zlib.error)  # gzip.BadGzipFile is an OSError
-_HEADER_ERRORS = (HeaderDataError, WrapStructError, ValueError, OverflowError)
+_DAMAGED = (EOFError, zlib.error, HeaderDataError, OverflowError)  # of gzip and of nibabel
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,20 @@ class Nifti:
         """The values that stored numbers stand for, slope * stored + inter: in a CT, HU."""
         if (self.slope, self.inter) == (1, 0):
             return stored
-        return stored * self.slope + self.inter
+        with np.errstate(over="ignore"):  # a window, or "> 0", takes infinity for very large
+            return stored * self.slope + self.inter
 
 
 def read_header(path: Path) -> Nifti:
     """The header of a .nii.gz file. Raises BadInput when it is corrupt or cannot be true of it."""
-    try:
-        check_regular(path)
+    with reading(path, *_DAMAGED), np.errstate(all="ignore"):
         with gzip.open(path) as stream:
-            header = Nifti1Header(stream.read(348), check=False)
+            block = stream.read(348)
+        if len(block) < 348:
+            raise HeaderDataError("shorter than a NIfTI-1 header")
+        header = Nifti1Header(block, check=False)
         if header["sizeof_hdr"] != 348:
-            raise HeaderDataError("its first number, the header's size, is not 348")
+            raise HeaderDataError("no NIfTI-1 header: it does not begin with 348")
         header.check_fix(logger=_SILENT)
         shape = header.get_data_shape()
         dtype = header.get_data_dtype()
@@ -62,8 +63,6 @@ def read_header(path: Path) -> Nifti:
         offset = int(header["vox_offset"])
         oriented = bool(header["sform_code"] or header["qform_code"])
         affine = np.array(header.get_best_affine(), dtype=float) if oriented else None
-    except (*_READ_ERRORS, *_HEADER_ERRORS) as error:
-        raise BadInput(f"{path}: no readable NIfTI-1 header: {error}") from error
     real = header["magic"].item() == b"n+1" and dtype.kind in "iuf"
     if not real or offset < 348 or min(shape, default=0) < 1:
         found = f"type {dtype}, shape {shape}, offset {offset}"
@@ -88,21 +87,18 @@ def read_slabs(nifti: Nifti) -> Iterator[np.ndarray]:
     """
     shape = nifti.shape[:-1]
     size = math.prod(shape) * nifti.dtype.itemsize
-    try:
-        with gzip.open(nifti.path) as stream:
-            stream.seek(nifti.offset)
-            for _ in range(nifti.shape[-1]):
-                block = stream.read(size)
-                if len(block) < size:
-                    raise BadInput(f"{nifti.path}: truncated: fewer voxels than the header says")
-                slab = np.frombuffer(block, nifti.dtype).reshape(shape, order="F")
-                if nifti.dtype.kind == "f" and not np.isfinite(slab).all():
-                    raise BadInput(f"{nifti.path}: non-finite values (NaN or infinity)")
-                yield slab
-            if stream.read(1):  # reaching the end makes gzip compare its checksum
-                raise BadInput(f"{nifti.path}: corrupt: more voxels than the header says")
-    except _READ_ERRORS as error:
-        raise BadInput(f"{nifti.path}: truncated or corrupt: {error}") from error
+    with reading(nifti.path, *_DAMAGED), gzip.open(nifti.path) as stream:
+        stream.seek(nifti.offset)
+        for _ in range(nifti.shape[-1]):
+            block = stream.read(size)
+            if len(block) < size:
+                raise BadInput(f"{nifti.path}: truncated: fewer voxels than the header says")
+            slab = np.frombuffer(block, nifti.dtype).reshape(shape, order="F")
+            if nifti.dtype.kind == "f" and not np.isfinite(slab).all():
+                raise BadInput(f"{nifti.path}: non-finite values (NaN or infinity)")
+            yield slab
+        if stream.read(1):  # reaching the end makes gzip compare its checksum
+            raise BadInput(f"{nifti.path}: corrupt: more voxels than the header says")
 
 
 def picture_planes(
@@ -127,7 +123,10 @@ def picture_planes(
             yield k, turn(slab[..., None])[0]
             continue
         if whole is None:
-            whole = np.empty(shape, slab.dtype, order="F")
+            try:
+                whole = np.empty(shape, slab.dtype, order="F")
+            except MemoryError as error:
+                raise BadInput(f"no memory for {shape} voxels at once") from error
         whole[..., i] = slab
     if whole is not None:
         yield from enumerate(turn(whole))

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from support.files import (
     open_picture,
     read_bytes,
     read_json,
+    write_atomic,
+    writing,
 )
+
+SPLITS = ("train", "test")
+# What 01 and 02 write, and --overwrite deletes: other files in images/ are the user's.
+OUTPUTS = (".work/*", "overview.png", "dataset_info.json", "train/metadata.jsonl")
+OUTPUTS += ("test/metadata.jsonl", "train/images/*.png", "test/images/*.png")
 
 REQUIRED = {"file_name": str, "id": str, "label": str, "question": str, "answer": str, "box": list}
 OPTIONAL = {"volume": str, "patient": str, "category": str, "text": str, "slice": int}
@@ -44,23 +52,46 @@ def dataset_info(folder: Path) -> dict:
 def read_records(folder: Path, split: str) -> list[dict]:
     """The records of <folder>/<split>/metadata.jsonl, each with its picture's path as "image".
 
-    Raises BadInput, naming file, line and field, for the first line that is not a usable record.
+    Raises BadInput, naming file, line and field, for the first line that is not a usable record. An
+    id of the other split is not: one patient would be trained and tested on.
     """
     path = Path(folder) / split / "metadata.jsonl"
     records, ids = [], set()
+    for other in set(SPLITS) - {split}:
+        ids |= _ids(Path(folder) / other / "metadata.jsonl")
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             record = json.loads(line)
             _check(record, ids)
             picture = inside(path.parent, record["file_name"])
-            if not picture.is_file():
+            if not os.path.isfile(picture):
                 raise BadInput(f"field 'file_name': there is no picture {picture}")
-        except (OSError, ValueError, RecursionError, BadInput) as error:
+        except (ValueError, RecursionError, BadInput) as error:
             remedy = "mend the line or make the folder again"
             raise BadInput(f"{path}, line {number}: {error}; {remedy}") from error
         ids.add(record["id"])
         records.append({**record, "image": picture})
     return records
+
+
+def _ids(path: Path) -> set[str]:
+    """The ids in a metadata.jsonl, which may be missing; lines that are no records have none."""
+    ids = set()
+    for line in read_bytes(path).splitlines() if os.path.lexists(path) else ():
+        with suppress(ValueError, RecursionError, TypeError, KeyError):
+            ids.add(json.loads(line)["id"])
+    return ids
+
+
+def write_records(folder: Path, records: list[dict]) -> None:
+    """Writes <folder>/metadata.jsonl. Raises BadInput when a picture has gone meanwhile."""
+    for record in records:
+        if not os.path.isfile(picture := folder / record["file_name"]):
+            raise BadInput(f"{picture}: was removed meanwhile; remove the folder and start again")
+    write_atomic(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in records))
+    with writing(folder):
+        for stray in folder.glob("images/.tmp.*.png"):  # of an interrupted run
+            stray.unlink()
 
 
 def _check(record: object, ids: set[str]) -> None:
@@ -71,9 +102,9 @@ def _check(record: object, ids: set[str]) -> None:
             form = "[x0, y0, x1, y1] in whole px, 0 <= x0 < x1, 0 <= y0 < y1"
             raise BadInput(f"field 'box': {form}, is needed")
     if record["label"] not in CLASSES:
-        raise BadInput(f"field 'label': {record['label']!r} is not one of the seven classes")
+        raise BadInput(f"field 'label': {record['label']!r:.80} is not one of the seven classes")
     if not record["id"] or record["id"] in ids:
-        raise BadInput(f"field 'id': {record['id']!r} is empty or was used before")
+        raise BadInput(f"field 'id': {record['id']!r:.80} is empty or was used before")
 
 
 def _is_box(box: object) -> bool:

@@ -13,9 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
 
+from support import GOES_ON, leave
 from support.files import BadInput
-
-GOES_ON = "interrupted; the same command goes on from here, 03 and 04 with --resume"
 
 # ==== Flags: what argparse's `type=` takes ====
 
@@ -43,8 +42,10 @@ def at_least(low: int) -> Callable[[str], float]:
 natural, positive_int = at_least(0), at_least(1)
 finite = bounded(float, -sys.float_info.max, sys.float_info.max, "a finite number")
 non_negative = bounded(float, 0, sys.float_info.max, "a finite number from 0")
-positive = bounded(float, sys.float_info.min, sys.float_info.max, "a finite number above 0")
+# Libraries compute with it in fp32, where its multiples must be finite, too.
+positive = bounded(float, 1e-30, 1e30, "a number from 1e-30 to 1e30")
 fraction = bounded(float, 0, 1, "a fraction from 0 to 1")
+lora_rank = bounded(int, 1, 1024, "a whole number from 1 to 1024")
 
 
 def parse_flags(
@@ -79,21 +80,43 @@ class Interrupted(KeyboardInterrupt):
 
 def run_stage(work: Callable[[], None]) -> None:
     """Calls `work`; bad input ends in one line and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
+    before, stopped = {}, False
+
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
 
     def interrupt(number, frame):
+        ignore()  # once is enough: a second signal would only disturb the end
         raise Interrupted(number)
 
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # only there may signals be set
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        signal.signal(signal.SIGTERM, interrupt)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
     try:
-        work()
+        if threading.current_thread() is threading.main_thread():  # only there may signals be set
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, interrupt)
+        try:
+            work()
+        finally:
+            for bar in list(tqdm._instances):  # or the last line would go on with one of them
+                bar.close()
+            sys.stdout.flush()
     except BadInput as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
+        ignore()
+        stopped = True
         print(stop.args[0] if stop.args else GOES_ON, file=sys.stderr)
         sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+    except OSError as error:
+        try:
+            print(flush=True)
+        except OSError:  # still: it is stdout that cannot be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own last flush
+            sys.exit(f"error: the standard output cannot be written: {error.strerror}")
+        raise
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does not import
             raise
@@ -101,8 +124,9 @@ def run_stage(work: Callable[[], None]) -> None:
         reason = str(error).splitlines()[0]
         sys.exit(f"error: the GPU's memory is used up; {cures}, or use --shard: {reason}")
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():
+            if not (stopped and handler is leave):  # a program ends now, undisturbed
+                signal.signal(number, handler)
 
 
 # ==== Worker processes ====
@@ -128,15 +152,21 @@ def parallel(function: Callable, jobs: list[tuple], workers: int, label: str) ->
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             futures = [pool.submit(function, *job) for job in jobs]
+            pool.submit(int)  # a submission makes the pool watch all workers begun before it
+        except OSError as error:  # one was killed so soon that the pool has closed its pipes
+            raise BrokenProcessPool from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for future in tqdm(as_completed(futures), total=len(jobs), desc=label):
-            yield future.result()
+        with tqdm(total=len(jobs), desc=label) as bar:
+            for future in as_completed(futures):
+                yield future.result()
+                bar.update()
     except BrokenProcessPool as error:
-        cause = "a worker process was killed, most likely for want of memory"
-        raise BadInput(
-            f"{cause}; start again with fewer --workers, finished work is kept"
-        ) from error
+        # The pool asks the others to end by SIGTERM, which waits in them, and then waits for them.
+        for process in multiprocessing.active_children():
+            process.kill()
+        remedy = "start again with fewer --workers, finished work is kept"
+        raise BadInput(f"a worker was killed, most likely for want of memory; {remedy}") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -2,11 +2,14 @@
 
 import numpy as np
 
+FEWEST = 10  # clusters: of fewer the bootstrap's interval is too narrow, of one it has no width
+
 
 def bootstrap(
     values: np.ndarray, clusters: list, kinds: list | None = None, draws: int = 1000
 ) -> dict:
-    """The mean of `values` and its 95 % bootstrap interval: {"mean", "interval_95": [low, high]}.
+    """The mean of `values` and its 95 % bootstrap interval: {"mean", "interval_95": [low, high]},
+    or None for an interval of fewer than FEWEST clusters.
 
     Clusters (patients) are drawn, not values, since one person's slices are alike. For two models
     on the same items, `values` are the items' differences: that is the paired bootstrap. With
@@ -21,17 +24,21 @@ def bootstrap(
     sums, sizes = np.zeros((2, count, len(names)))  # [clusters, kinds] each
     np.add.at(sums, (rows, columns), values)
     np.add.at(sizes, (rows, columns), 1)
+    counts = (sizes > 0).sum(0)  # [kinds] clusters
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
     weights = np.concatenate([np.ones((1, count)), drawn])  # the first row: the sample itself
     sums, sizes = weights @ sums, weights @ sizes  # [1 + draws, kinds]
     means = np.divide(sums, sizes, out=np.full_like(sums, np.nan), where=sizes > 0)
 
-    def interval(column: np.ndarray) -> dict:
-        low, high = np.nanpercentile(column[1:], [2.5, 97.5])
-        return {"mean": float(column[0]), "interval_95": [float(low), float(high)]}
+    def interval(column: np.ndarray, count: int) -> dict:
+        ends = None
+        if count >= FEWEST:
+            ends = np.nanpercentile(column[1:], [2.5, 97.5]).tolist()
+        return {"mean": float(column[0]), "interval_95": ends}
 
-    result = interval(sums.sum(1) / sizes.sum(1))
+    result = interval(sums.sum(1) / sizes.sum(1), count)
     if kinds is not None:
-        result["macro"] = interval(np.nanmean(means, 1))
-        result["kinds"] = {str(name): interval(means[:, i]) for i, name in enumerate(names)}
+        result["macro"] = interval(np.nanmean(means, 1), count)
+        columns = zip(names.tolist(), means.T, counts, strict=True)
+        result["kinds"] = {name: interval(*column) for name, *column in columns}
     return result

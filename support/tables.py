@@ -9,6 +9,7 @@ import numpy as np
 import rewards
 from support.files import open_picture
 from support.log import save_figure
+from support.stats import FEWEST
 
 SETS = {"skill": "attribute questions", "chartqa": "ChartQA", "textvqa": "TextVQA"}
 
@@ -55,8 +56,9 @@ def _accuracy(metrics: dict) -> Table:
     present = [share for share in m["per_class"].values() if share is not None]  # alike in all
     one, macro = percent(common["share"]), percent(1 / len(present))
     rows.append([f"always {common['name']}", "", "", one, macro, "", ""])
-    note = "in brackets the 95 % interval of a bootstrap over patients."
-    note = f"Greedy, n = {metrics['n']}; {note}"
+    note = "in brackets the 95 % interval of a bootstrap over patients"
+    note = f"Greedy, n = {metrics['n']}; {note}."
+    note += f" Of fewer than {FEWEST} patients it would be too narrow, and is left out."
     return Table("Accuracy with and without thinking (Table 1)", note, rows)
 
 
@@ -108,16 +110,20 @@ def _differences(paired: list[dict]) -> Table:
     for d in paired:
         difference = percent(d["mean"], d["interval_95"])
         rows.append([" ".join(d["from"]), " ".join(d["to"]), difference])
-    note = "Percentage points, second minus first; "
-    note += "an interval without 0 is a difference beyond chance."
+    note = "Percentage points, second minus first; an interval without 0 is a difference beyond "
+    note += f"chance. Of fewer than {FEWEST} patients it would be too narrow, and is left out."
     return Table("Differences on the same items", note, rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def markdown(shown: list[Table]) -> str:
     """Tables as Markdown."""
     parts = []
     for caption, note, rows in shown:
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
         lines.insert(1, "|---" * len(rows[0]) + "|")
         parts.append("\n".join([f"**{caption}.** {note}".strip(), "", *lines, ""]))
     return "\n".join(parts)
@@ -141,7 +147,8 @@ def plot_confusion(path: Path, models: dict) -> None:
                 axis.text(x, y, f"{value:.0f}", fontsize=7, **look)
             axis.set_xticks(range(8), [*short, "invalid"], rotation=45, ha="right", fontsize=7)
             axis.set_yticks(range(7), short, fontsize=7)
-            axis.set_title(f"{name}, {mode}: {100 * m['accuracy']:.1f} %", fontsize=9)
+            title = f"{name}, {mode}: {100 * m['accuracy']:.1f} %"
+            axis.set_title(title, fontsize=9, parse_math=False)
     save_figure(path, figure)
 
 

@@ -6,7 +6,11 @@ ourselves (`encode`). transformers is imported where it is used: it takes second
 """
 
 import copy
+import multiprocessing
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,17 +19,19 @@ import torch
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from jinja2 import TemplateError
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from support.files import BadInput, read_json
+import rewards
+from support.files import MAX_SIDE, BadInput, read_json, reading, reason
+from support.records import pictures
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen2.5-vl"
 DEMO_MARKER = "medreason_demo"  # a key in config.json of checkpoints that descend from TINY
 IMAGE_PAD = "<|image_pad|>"
-FAMILIES = ("qwen2_5_vl", "qwen2_vl")  # read by `load_processor`; only the first is trained
-# These make `generate` greedy whatever a checkpoint's own generation_config says.
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-GREEDY |= {"temperature": None, "top_k": None, "top_p": None}
+MARKS = {IMAGE_PAD, "<|vision_start|>", "<|im_start|>", "<|im_end|>"}  # each is one token
+OPENING = "<think>"  # the templates of some reasoning models end with it
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_vl")  # read by `load_processor`
+TEMPLATE_SECONDS = 10  # a chat template takes milliseconds, but may hold any loop
 
 # A checkpoint folder holds one file of each line; the other JSON files may be there.
 PARTS = (
@@ -36,14 +42,18 @@ PARTS = (
 )
 OTHERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 OTHERS += ("chat_template.json",)
-# What the libraries raise over a damaged folder. Caught around their calls only, so that no bug of
-# ours hides in them.
+# Of config.json: what is built one by one. More than 1,000 need as many tensors.
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "depth", "num_labels")
+# What the libraries raise over a damaged checkpoint. Caught around their calls only, so that no bug
+# of ours hides in them.
 BROKEN = (ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
-BROKEN += (ArithmeticError, MemoryError, SafetensorError, StrictDataclassError, TemplateError)
+BROKEN += (ArithmeticError, MemoryError, AssertionError, SafetensorError, StrictDataclassError)
+BROKEN += (TemplateError, SyntaxError)  # `{% break %}` compiles to the latter
+RUST = ("Exception", "PanicException")  # what the tokenizers' Rust half raises, by exact name
 
 # What `--train` can name: patterns that match a parameter's whole name. An unanchored "mlp" would
 # also match in the vision blocks. A tied lm_head is listed under embed_tokens.
-MERGER = r"model\.visual\.merger\..+"
+MERGER = r"model\.visual\.(merger|deepstack_merger_list)\..+"
 LLM_MLP = r"model\.language_model\.layers\.\d+\.mlp\..+"
 GROUPS = {
     "merger": MERGER,
@@ -52,21 +62,41 @@ GROUPS = {
     "llm": r"model\.language_model\..+|lm_head\..+",
     "full": r".+",
 }
+# And "lora": the linear layers that get an adapter, its parameters, and its weight, as in
+# y = W x + 2 B A x.
+ADAPTED = r"model\.language_model\.layers\.\d+\..+_proj\w*"
+LORA = r".+\.lora_[AB]\..+"
+LORA_SCALE = 2
+TRAIN = (*GROUPS, "lora")
 
 
 @dataclass
 class Processor:
-    """The two halves of a checkpoint's processor."""
+    """The two halves of a checkpoint's processor, and the most positions that its model takes."""
 
     tokenizer: object
     image_processor: object
+    limit: int = 2**31
 
     def save(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
+        with guarded(folder, "cannot be written"):
+            self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
 
 # ==== Loading and saving ====
+
+
+@contextmanager
+def guarded(name: object, fault: str) -> Iterator[None]:
+    """Within, what libraries raise over a checkpoint's files becomes a BadInput of one line."""
+    try:
+        yield
+    except BaseException as error:
+        known = isinstance(error, BROKEN) or type(error).__name__ in RUST
+        if not known or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise BadInput(f"{name}: {fault}: {reason(error)}") from error
 
 
 def load_config(name: str):
@@ -82,40 +112,43 @@ def is_demo(name: str) -> bool:
 
 
 def load_processor(name: str) -> Processor:
-    """Tokenizer and image processor of a folder or hub id, tried on a blank picture.
+    """Tokenizer and image processor of a folder or hub id.
 
     Raises BadInput when they cannot be had, lack a needed token, or belong to another model.
     """
     config = load_config(name)
     tokenizer, images = pretrained("AutoTokenizer", name), pretrained("AutoImageProcessor", name)
-    tokens = tokenizer.get_vocab()
-    for token in (IMAGE_PAD, "<|vision_start|>", "<|im_start|>", "<|im_end|>"):
-        if token not in tokens:
-            need = "a Qwen2.5-VL checkpoint is needed"
-            raise BadInput(f"{name}: the tokenizer has no {token} token; {need}")
-    words = config.get_text_config().vocab_size
-    if tokens[IMAGE_PAD] != config.image_token_id or max(tokens.values()) >= words:
-        remedy = "fetch the tokenizer files again"
-        raise BadInput(f"{name}: the tokenizer's ids are not those of config.json; {remedy}")
-    vision = config.vision_config
-    expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-    if (images.patch_size, images.merge_size, images.temporal_patch_size) != expected:
-        fault = "preprocessor_config.json cuts other patches than config.json says"
-        raise BadInput(f"{name}: {fault}; fetch both again")
-    remedy = "copy the base model's chat_template.jinja into the folder"
-    if tokenizer.chat_template is None:
-        raise BadInput(f"{name}: no chat template; {remedy}")
-    try:
-        images(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
-        turn = {"role": "user", "content": [{"type": "image"}]}
-        chat = tokenizer.apply_chat_template([turn], tokenize=False)
-        tokenizer(chat)
-    except BROKEN as error:
-        parts = "chat template, tokenizer or preprocessor_config.json"
-        raise BadInput(f"{name}: {parts} is broken: {_one_line(error)}") from error
-    if chat.count(IMAGE_PAD) != 1:
-        raise BadInput(f"{name}: the chat template does not place a picture; {remedy}")
-    return Processor(tokenizer, images)
+    tokens, text, vision = tokenizer.get_vocab(), config.get_text_config(), config.vision_config
+    found = [tokens.get(IMAGE_PAD), images.patch_size, images.merge_size]
+    wanted = [config.image_token_id, vision.patch_size, vision.spatial_merge_size]
+    found.append(images.temporal_patch_size)
+    wanted.append(vision.temporal_patch_size)
+    if found != wanted or not tokens.keys() >= MARKS or max(tokens.values()) >= text.vocab_size:
+        fault = "its token ids, preprocessor_config.json and config.json are not of one Qwen model"
+        raise BadInput(f"{name}: {fault}; fetch it again")
+    try_template(name, tokenizer, [{"type": "image"}, {"type": "text", "text": "?"}])
+    return Processor(tokenizer, images, text.max_position_embeddings)
+
+
+def try_template(name: str, tokenizer, content: object) -> None:
+    """Renders one chat in a process of its own: a template is a program, which may never end.
+
+    Raises BadInput when it takes TEMPLATE_SECONDS or more memory than there is. What else is wrong
+    with it shows where it is used.
+    """
+
+    def render() -> None:
+        with suppress(BaseException):
+            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+
+    if "fork" in multiprocessing.get_all_start_methods():  # not on Windows
+        child = multiprocessing.get_context("fork").Process(target=render)
+        child.start()
+        child.join(TEMPLATE_SECONDS)
+        child.kill()
+        if child.exitcode != 0:
+            limit = f"it takes more than {TEMPLATE_SECONDS} s, or too much memory"
+            raise BadInput(f"{name}: the chat template does not work: {limit}")
 
 
 def any_processor(name: str):
@@ -128,20 +161,40 @@ def any_processor(name: str):
 
 def count_parameters(name: str) -> int:
     """The parameters of a folder or hub id by its configuration alone; a tied head counts once."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(load_config(name))
+    with guarded(name, "config.json does not work"):
+        model = without_weights(load_config(name))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None):
+def without_weights(config) -> torch.nn.Module:
+    """The model of this configuration, its parameters mere shapes."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None, split: int = 1):
     """The model of a folder or hub id on `device`, in evaluation mode.
 
     `dtype` is bf16 on a GPU and fp32 on a CPU by default. Only safetensors are read, never pickles.
-    Raises BadInput with a remedy when it cannot be loaded.
+    `split` > 1: each layer of the language model is split over that many processes (tensor
+    parallelism), which then must call the model together. Raises BadInput with a remedy when it
+    cannot be loaded.
     """
+    # Before anything is built from a folder's files, they are looked at.
+    text, parts = load_config(name).get_text_config(), None
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if split > 1:
+        from transformers.distributed import DistributedConfig
+
+        if not text.base_model_tp_plan:
+            fault = f"transformers has no --tensor-parallel plan for {text.model_type}"
+            raise BadInput(f"{name}: {fault}")
+        if text.num_key_value_heads % split:
+            heads = f"its {text.num_key_value_heads} key-value heads"
+            raise BadInput(f"{name}: {heads} cannot be split over {split} processes")
+        parts = DistributedConfig(tp_size=split)
     model, report = pretrained(
         "AutoModelForImageTextToText",
         name,
@@ -149,16 +202,28 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype | None = None
         attn_implementation="sdpa",
         use_safetensors=True,
         output_loading_info=True,
+        distributed_config=parts,
     )
     faulty = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if faulty:
         first = ", ".join(faulty[:3])
         raise BadInput(f"{name}: weights missing or of another shape ({first}); fetch it again")
-    stops, words = _eos(model), model.get_input_embeddings().num_embeddings
-    if not all(type(i) is int and 0 <= i < words for i in stops):
-        fault = f"eos_token_id {stops!r:.80} must name tokens below {words:,}"
-        raise BadInput(f"{name}/generation_config.json: {fault}")
-    return model.to(device).eval()
+    generate_plainly(model, name)
+    return (model if parts else model.to(device)).eval()
+
+
+def generate_plainly(model, name: str) -> None:
+    """Makes `model.generate` greedy: of its generation_config only the ends and padding stay."""
+    from transformers import GenerationConfig
+
+    given, words = model.generation_config, model.get_input_embeddings().num_embeddings
+    ends = {"eos_token_id": given.eos_token_id, "pad_token_id": given.pad_token_id}
+    for key, value in ends.items():
+        for i in value if isinstance(value, list) else [value]:
+            if i is not None and not (type(i) is int and 0 <= i < words):
+                fault = f"{key} {value!r:.80} must name tokens below {words:,}"
+                raise BadInput(f"{name}/generation_config.json: {fault}")
+    model.generation_config = GenerationConfig(**ends)
 
 
 def pretrained(kind: str, name: str, **options):
@@ -175,43 +240,57 @@ def pretrained(kind: str, name: str, **options):
     if not local and (folder_like or Path(name).exists()):
         remedy = "run the stage before, or give a folder or hub id (--model)"
         raise BadInput(f"{name}: no such checkpoint folder; {remedy}")
-    if local:
-        remedy = "is the folder complete?"
-    elif _hub_answers():
-        remedy = "no folder; as a hub id: check its spelling, or `hf auth login` if it is gated"
-    else:
+    remedy = "is the folder complete?"
+    if not local:
+        _try_hub()
         remedy = (
-            "no folder, and the hub does not answer: check the network, or give --model the folder "
-            f"of `hf download {name}`; HF_HUB_OFFLINE=1 uses the cache at once"
+            "no folder; as a hub id: check its spelling and the network, `hf auth login` if it is "
+            "gated; `hf download` gives a folder, HF_HUB_OFFLINE=1 uses the cache at once"
         )
-    try:
+    with guarded(name, f"cannot be loaded as a checkpoint ({remedy})"):
         return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
-    except BROKEN as error:
-        place = f"{name}/*.safetensors" if isinstance(error, SafetensorError) else name
-        fault = f"cannot be loaded as a checkpoint ({remedy})"
-        raise BadInput(f"{place}: {fault}: {_one_line(error)}") from error
-    except Exception as error:
-        if type(error) is not Exception:  # the tokenizers' Rust half raises the bare class
-            raise
-        raise BadInput(f"{name}: its tokenizer.json is broken: {_one_line(error)}") from error
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises BadInput for a checkpoint folder that lacks a file or has JSON that is no object."""
+    """Raises BadInput for a checkpoint folder that lacks a file, has JSON that is no object, or
+    whose config.json asks for more layers than there are tensors: building them would not end."""
+    with guarded(folder, "cannot be read"):
+        str(folder).encode()  # a name that is not UTF-8 would stop the libraries that write
+        files = sorted(folder.iterdir())
+        for path in files:
+            if path.exists() and not path.is_dir() and not path.is_file():
+                raise OSError(f"{path.name} is no regular file")
+    if folder / "adapter_config.json" in files:
+        raise BadInput(f"{folder}: holds adapters, which are not read; merge them into the weights")
     for names in PARTS:
-        if any((folder / name).is_file() for name in names):
-            continue
-        pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
-        hint = f"; {pickles[0]} is not read, convert it to safetensors" if pickles else ""
-        raise BadInput(f"{folder}: is no complete checkpoint: {names[0]} is missing{hint}")
+        if not any((folder / name).is_file() for name in names):
+            pickles = [path.name for path in files if path.suffix in (".bin", ".pt", ".pth")]
+            hint = f"; {pickles[0]} is not read, convert it to safetensors" if pickles else ""
+            raise BadInput(f"{folder}: is no complete checkpoint: {names[0]} is missing{hint}")
     for name in [*sum(PARTS, ()), *OTHERS]:
         path = folder / name
         if path.suffix == ".json" and path.exists() and not isinstance(read_json(path), dict):
             raise BadInput(f"{path}: must hold a JSON object")
+    index = folder / "model.safetensors.index.json"
+    if index in files:  # it could name a pipe or device anywhere
+        with guarded(index, "does not work"):
+            for shard in read_json(index)["weight_map"].values():
+                if folder / shard not in files or not shard.endswith(".safetensors"):
+                    raise ValueError(f"{shard!r:.80} is no file of this folder")
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with reading(path, SafetensorError), safe_open(path, "pt") as weights:
+            count += len(weights.keys())
+    config = read_json(folder / "config.json")
+    for part in filter(lambda part: isinstance(part, dict), [config, *config.values()]):
+        for key in DEPTHS:
+            if isinstance(part.get(key), (int, float)) and part[key] > max(count, 1000):
+                fault = f"{key} {part[key]:,}, but the weights are {count:,} tensors"
+                raise BadInput(f"{folder}/config.json: {fault}")
 
 
 @lru_cache
-def _hub_answers() -> bool:
+def _try_hub() -> None:
     """Asks the hub once, for 5 s. Unanswered, only its cache is used from here on: the library
     would otherwise try six times for each file."""
     from huggingface_hub import constants, get_session
@@ -221,11 +300,6 @@ def _hub_answers() -> bool:
             get_session().head(constants.ENDPOINT, timeout=5)
         except HTTPError:
             constants.HF_HUB_OFFLINE = True
-    return not constants.is_offline_mode()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def stored_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -237,13 +311,24 @@ def stored_dtype(model: torch.nn.Module) -> torch.dtype:
 def save_checkpoint(folder: Path, model, processor: Processor, state: dict | None = None) -> None:
     """Writes a complete Hugging Face folder, its weights in the dtype the model was loaded with.
 
-    `state` stands for `model.state_dict()` where the model's own tensors are shards.
+    `state` stands for `model.state_dict()` where the model's own tensors are shards. Adapters are
+    merged: what is written is a plain model.
     """
     dtype = stored_dtype(model)
     state = state or model.state_dict()
-    weights = {name: tensor.to("cpu", dtype) for name, tensor in state.items()}
+    weights = {}
+    for name, tensor in state.items():
+        layer, adapted, _ = name.partition(".base_layer.weight")
+        if adapted:
+            A, B = (state[f"{layer}.lora_{letter}.default.weight"] for letter in "AB")
+            tensor = tensor + LORA_SCALE * B @ A
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer", "")] = tensor.to("cpu", dtype)
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         del weights["lm_head.weight"]  # tied: stored once, under its embedding's name
+    if has_adapters(model):  # it would write those alone
+        ends, model = model.generation_config, without_weights(model.config)
+        model.generation_config = ends
     model.save_pretrained(folder, state_dict=weights)
     processor.save(folder)
 
@@ -251,18 +336,21 @@ def save_checkpoint(folder: Path, model, processor: Processor, state: dict | Non
 # ==== What is trained ====
 
 
-def set_trainable(model: torch.nn.Module, group: str) -> dict[str, torch.nn.Parameter]:
-    """Freezes all but the parameters of `group`, a key of GROUPS, and returns those by name.
+def set_trainable(
+    model: torch.nn.Module, group: str, rank: int = 16
+) -> dict[str, torch.nn.Parameter]:
+    """Freezes all but the parameters of `group`, one of TRAIN, and returns those by name.
 
-    Trained parameters become fp32 masters, frozen ones keep their dtype. Raises BadInput when
-    nothing matches, as for a family of other names.
+    "lora" adds adapters of `rank` first. Raises BadInput when nothing matches, as for a family of
+    other names.
     """
-    chosen = {}
+    if group == "lora":
+        add_adapters(model, rank)
+    pattern, chosen = GROUPS.get(group, LORA), {}
     for name, parameter in model.named_parameters():
-        trained = re.fullmatch(GROUPS[group], name) is not None
+        trained = re.fullmatch(pattern, name) is not None
         parameter.requires_grad_(trained)
         if trained:
-            parameter.data = parameter.data.float()
             chosen[name] = parameter
     if not chosen:
         kind = type(model).__name__
@@ -270,17 +358,52 @@ def set_trainable(model: torch.nn.Module, group: str) -> dict[str, torch.nn.Para
     return chosen
 
 
-def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of `model` that never changes: the reference.
+def add_adapters(model: torch.nn.Module, rank: int) -> None:
+    """Puts a LoRA adapter beside each linear layer of the language model's blocks.
 
-    It shares every frozen tensor and copies only the trained ones, in the checkpoint's dtype.
-    Nothing is lost by that: the fp32 masters still hold its very values.
+    A [rank, in] is random, the same in every process, and B [out, rank] is 0: nothing changes yet.
+    Raises BadInput when the package peft, which transformers needs for that, is not installed.
     """
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    reference = copy.deepcopy(model, shared).requires_grad_(False).eval()
-    for parameter in reference.parameters():
-        parameter.data = parameter.data.to(stored_dtype(model))
-    return reference
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        remedy = "pip install -r benchmarks/requirements.txt"
+        raise BadInput(f"--train lora needs the package peft: {remedy}") from error
+    torch.manual_seed(0)
+    # No dropout: what is sampled and what is scored must be one policy.
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=ADAPTED))
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether `add_adapters` has been here."""
+    return hasattr(model, "peft_config")
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """Within, a model with adapters is what it was before training; another stays as it is."""
+    if not has_adapters(model):
+        yield
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.disable_adapters()
+    for parameter in trained:  # peft has frozen them: FSDP2, in its first pass, must not see that
+        parameter.requires_grad_(True)
+    yield
+    model.enable_adapters()
+
+
+def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of `model` that shares every frozen tensor and holds the trained ones in the dtype of
+    the checkpoint, never in fp32 between. Before training nothing is lost by that: the fp32 masters
+    still hold the checkpoint's very values."""
+    copies, dtype = {}, stored_dtype(model)
+    for parameter in model.parameters():
+        copies[id(parameter)] = parameter
+        if parameter.requires_grad:
+            values = parameter.detach().to(dtype, copy=True)
+            copies[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
+    return copy.deepcopy(model, copies).eval()
 
 
 # ==== Prompts, pictures and completions ====
@@ -288,14 +411,10 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 def stop_ids(model: torch.nn.Module, processor: Processor) -> list[int]:
     """Every token id that ends a completion: generation_config's and the chat's end of turn."""
-    return sorted({processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), *_eos(model)})
-
-
-def _eos(model: torch.nn.Module) -> list[int]:
-    """What generation_config names as the end of a text: nothing, one id or several."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, (list, tuple)) else [ids]
-    return [i for i in ids if i is not None]
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    turn = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return sorted({turn, *ends} - {None})
 
 
 def encode(
@@ -303,6 +422,7 @@ def encode(
     images: list[Image.Image],
     prompts: list[str],
     answers: list[str] | None = None,
+    names: list[str] | None = None,
 ) -> dict:
     """One batch of chats, each a picture and a prompt, ready for `model(**batch)`.
 
@@ -312,24 +432,39 @@ def encode(
     lengths, never from pad ids, since pad and EOS may be one token.
 
     Returns input_ids, attention_mask, mm_token_type_ids (1 at image tokens; without it the model
-    silently loses its 3-D positions), [B, T] each; pixel_values [patches, channels * 2 * 14 * 14];
-    image_grid_thw [B, 3]. Raises BadInput for a prompt with an image placeholder of its own.
+    silently loses its 3-D positions), [B, T] each; pixel_values [patches, channels * 2 * patch**2];
+    image_grid_thw [B, 3]. Raises BadInput, by the `names` of the records, for a prompt that is too
+    long or has an image placeholder of its own, and for a checkpoint whose files fail on it.
     """
-    tokenizer = processor.tokenizer
-    pixels = processor.image_processor(images=images, return_tensors="pt")
-    counts = pixels["image_grid_thw"].prod(1) // processor.image_processor.merge_size**2  # [B]
-    rows, starts = [], []
+    tokenizer, cut = processor.tokenizer, processor.image_processor
+    source, rows, starts = tokenizer.name_or_path, [], []
+    with guarded(source, "preprocessor_config.json does not work"):
+        for side, other in {image.size for image in images}:
+            area = cut.get_number_of_image_patches(other, side) * cut.patch_size**2
+            if area > MAX_SIDE**2:
+                raise ValueError(f"it makes {area:,} px of {side} x {other}")
+        pixels = cut(images=images, return_tensors="pt")
+        counts = pixels["image_grid_thw"].prod(1) // cut.merge_size**2  # [B]
     for i, prompt in enumerate(prompts):
+        name = names[i] if names else f"prompt {prompt[:60]!r}"
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         turns = [{"role": "user", "content": content}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        if text.count(IMAGE_PAD) != 1:
-            fault = f"it must not hold {IMAGE_PAD}, which stands for the picture"
-            raise BadInput(f"prompt {prompt[:60]!r}: {fault}")
-        ids = tokenizer(text.replace(IMAGE_PAD, IMAGE_PAD * int(counts[i])))["input_ids"]
+        fault = f"the chat template or tokenizer does not work with {name}"
+        with guarded(source, fault):
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            if text.count(IMAGE_PAD) != 1:
+                raise ValueError(f"{IMAGE_PAD}, the picture's place, must stand once in a chat")
+            # No tokenizer could make more characters fit.
+            text = text[: 200 * processor.limit].replace(IMAGE_PAD, IMAGE_PAD * int(counts[i]))
+            ids = tokenizer(text)["input_ids"]
         starts.append(len(ids))
         if answers is not None:
-            ids = ids + tokenizer(answers[i] + "<|im_end|>")["input_ids"]
+            # Where the template opens the reasoning, an answer without any must close it first.
+            end = "</think>\n\n" if text.rstrip().endswith(OPENING) else ""
+            ids = ids + tokenizer(end + answers[i] + "<|im_end|>")["input_ids"]
+        if len(ids) > processor.limit:
+            limit = f"{processor.limit:,} (max_position_embeddings)"
+            raise BadInput(f"{name}: {len(ids):,} tokens; the model takes at most {limit}")
         rows.append(ids)
 
     width = max(map(len, rows))
@@ -356,10 +491,69 @@ def encode(
     return batch
 
 
+# ==== The trial, when a checkpoint is opened ====
+
+
+def generate(model, batch: dict, tokens: int, **ends: object) -> list[list[int]]:
+    """The model's greedy completions of a batch by its own `generate`, [B][at most `tokens`]."""
+    with guarded(model.name_or_path, "config.json or the weights do not work"):
+        out = model.generate(**batch, **ends, max_new_tokens=tokens)
+        return out[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@torch.no_grad()
+def try_out(model, processor: Processor, records: list, form: str, device: torch.device) -> dict:
+    """Reads the record of the longest question, and one of a picture of odd sides.
+
+    Whatever is wrong with a checkpoint's files shows here, before a run begins. All ranks must call
+    it, since the model may be sharded. Returns the encoded batch.
+    """
+    record = max(records, key=lambda record: len(record["question"]))
+    images = [*pictures([record]), Image.new("RGB", (61, 57))]
+    prompts = [rewards.prompt(record["question"], form), rewards.QUESTION]
+    batch = encode(processor, images, prompts, names=[record["id"], rewards.QUESTION])
+    cuda = device.type == "cuda"
+    with guarded(model.name_or_path, "config.json or the weights do not work"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):  # as in training
+            model(**to_device(batch, device), logits_to_keep=1).logits.argmax(-1).tolist()
+    return batch
+
+
+def check_room(model, batch: dict, samples: float, sequences: float = 0, tokens: int = 0) -> None:
+    """Raises BadInput when a step asks for more than the model takes or the machine holds.
+
+    That is `samples` encoded prompts like the batch's, and keys and values of `sequences`, each a
+    prompt and `tokens` more tokens.
+    """
+    text, (rows, length) = model.config.get_text_config(), batch["input_ids"].shape
+    length += tokens
+    if length > text.max_position_embeddings:
+        limit = f"{text.max_position_embeddings:,} (max_position_embeddings)"
+        raise BadInput(f"--max-new-tokens {tokens:,}: with the prompt more than {limit}")
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = heads * text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * width * model.dtype.itemsize * length
+    need = sequences * cache + samples * sum(value.nbytes for value in batch.values()) / rows
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > memory:
+        step = f"{samples:,.0f} prompts and {sequences:,.0f} completions at once"
+        sizes = f"about {need / 2**30:,.0f} GiB, and there are {memory / 2**30:,.0f}"
+        raise BadInput(f"{step} need {sizes}; ask for fewer")
+
+
 def decode(processor: Processor, ids: list[int], stops: list[int]) -> str:
     """The text of a completion without its end-of-turn token."""
     kept = [i for i in ids if i not in stops]
     return processor.tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def opening(processor, prompts: dict) -> str:
+    """What a template has begun each answer of these prompts with: "<think>" or nothing.
+
+    A completion goes on from there. The format is read from both together.
+    """
+    tail = processor.tokenizer.decode(prompts["input_ids"][0, -8:])
+    return OPENING if tail.rstrip().endswith(OPENING) else ""
 
 
 def positions(model: torch.nn.Module, batch: dict) -> torch.Tensor:

@@ -98,6 +98,9 @@ def exact_match(prediction: str, golds: list[str]) -> float:
     return float(normalise(prediction) in map(normalise, golds))
 
 
+SCORES = {"skill": exact_match, "chartqa": relaxed_accuracy, "textvqa": textvqa_accuracy}
+
+
 def read_questions(path: Path, ten: bool = False) -> list[dict]:
     """The checked questions of a file: id, image (Path), question, answers, part.
 

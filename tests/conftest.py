@@ -48,6 +48,11 @@ def tiny():
     return vlm.load_model(str(vlm.TINY), torch.device("cpu"))
 
 
+@pytest.fixture(scope="session")
+def peft():
+    return pytest.importorskip("peft", reason="pip install -r benchmarks/requirements.txt")
+
+
 @pytest.fixture
 def model(tiny):
     """The shipped tiny model, for this test alone."""

@@ -257,6 +257,8 @@ def number_faults() -> Table:
     table.add("affine zero", header("ct", srow_x=[0, 0, 0, 0]), "affine")
     flat = header("ct", srow_x=[1, 0, 0, 0], srow_z=[1, 0, 0, 0])
     table.add("affine flat", flat, "affine")
+    lost = header("ct", srow_y=[1e30, 0.7, 0, 0])
+    table.add("affine with an axis that has no direction", lost, "affine")
     table.add("no orientation", header("ct", sform_code=0), "orientation")
     return table
 
@@ -306,6 +308,7 @@ def entry_faults() -> Table:
     table.add("two findings, one in the mask", two, "finding")
     for name, value in other_types(str).items():
         table.add(f"finding's text {name}", entry(findings={"0": value}), "'findings'")
+    table.add("finding's text a lone surrogate", entry(findings={"0": "\ud800"}), "Unicode")
     for name, value in other_types(str).items():
         table.add(f"category {name}", entry(categories={"0": value}), "'categories'")
     for name, value in other_types(dict).items():
@@ -543,7 +546,7 @@ def images_elsewhere(records: Records) -> None:
 
 
 PATHS = ["../../outside.png", "/etc/hostname", "", ".", "..", "images/\0.png", "images/none.png"]
-PATHS += ["images", "x" * 10_000, "images/../../../outside.png"]
+PATHS += ["images", "x" * 10_000, "images/../../../outside.png", "images/\ud800.png", "x" * 300]
 
 
 def path_faults() -> Table:
@@ -552,6 +555,10 @@ def path_faults() -> Table:
         table.add(f"file_name {name!r:.30}", record(file_name=name), "line 1")
     for target in ("../../../outside.png", "/etc/hostname", "none"):
         table.add(f"picture links to {target}", link(target), "line 1")
+    itself = instead_of("picture", lambda path: path.symlink_to(path.name))
+    table.add("picture links to itself", itself, "line 1")
+    table.add("question a lone surrogate", record(question="\ud800"), "Unicode")
+    table.add("id of two lines", record(id="a\nb", label="\n"), "'label'")
     table.add("the images' folder is a link", images_elsewhere, "leads out")
     table.add("id empty", record(id=""), "'id'")
     table.add("id twice", id_twice, "'id'")
@@ -567,7 +574,13 @@ def id_faults() -> Table:
     ids = ["../x", "a/b", "/x", ".hidden", "x" * 300, "a\nb", "..", "-x", "a b", "\0", "é"]
     for name in ids:
         table.add(f"{name!r:.20}", record(id=name), "id")
+    table.add("of the other split", id_of_test, "'id'")
     return table
+
+
+def id_of_test(records: Records) -> None:
+    other = (records.folder / "test" / "metadata.jsonl").read_text().splitlines()[0]
+    record(id=json.loads(other)["id"])(records)
 
 
 def png(width: int, height: int, body: bytes = b"") -> bytes:
@@ -584,6 +597,14 @@ def png(width: int, height: int, body: bytes = b"") -> bytes:
 
 def inverted(data: bytes) -> bytes:
     return data[:60] + bytes(byte ^ 0xFF for byte in data[60:90]) + data[90:]
+
+
+def same_picture(mode: str, kind: str) -> Callable:
+    def apply(records: Records) -> None:
+        path = records.picture
+        Image.open(path).convert(mode).save(path, format=kind)
+
+    return apply
 
 
 def picture_faults() -> Table:
@@ -617,6 +638,7 @@ def picture_faults() -> Table:
     size("20,000 px wide", 20_000, 30)
     size("20,000 px high", 30, 20_000)
     content("a PNG without pixels", png(40, 48))
+    table.add("a GIF", same_picture("L", "GIF"))
     table.add("missing", instead_of("picture", lambda path: None))
     table.add("a folder", instead_of("picture", Path.mkdir))
     table.add("a pipe", instead_of("picture", os.mkfifo))
@@ -731,14 +753,6 @@ def absent_info() -> Table:
 RECORDS = record_faults() + line_faults() + path_faults() + picture_faults() + box_faults()
 RECORDS += label_faults() + info_faults()
 RECORDS_02 = id_faults() + outside_faults() + absent_info()  # for 02 alone
-
-
-def same_picture(mode: str, kind: str) -> Callable:
-    def apply(records: Records) -> None:
-        path = records.picture
-        Image.open(path).convert(mode).save(path, format=kind)
-
-    return apply
 
 
 def linked_picture(records: Records) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from hypothesis import strategies as st
 from nibabel.nifti1 import Nifti1Header
 
-from support import files
+from support import files, records
 from tests import launch
 
 DEPTH, HEIGHT, WIDTH = 12, 48, 40
@@ -226,7 +226,8 @@ def stop_at(script: str, what: str, count: int, number: int) -> None:
             time.sleep(30)  # the jobs were faster than the timer
 
     if what == "write":
-        stage.write_atomic = files.write_atomic = torn_write(count, stop)
+        torn = torn_write(count, stop)
+        stage.write_atomic = files.write_atomic = records.write_atomic = torn
     else:
         stage.parallel = broken_off
 

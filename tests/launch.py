@@ -101,6 +101,11 @@ def leave() -> None:
     os._exit(LAST[0])
 
 
+def fill_stdout() -> None:
+    """For `before`: whatever is printed meets a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
 # ==== What tests use ====
 
 
@@ -192,20 +197,22 @@ def start(
     script: str,
     *argv: object,
     ranks: int = 1,
+    machines: int = 1,
     cwd: Path = ROOT,
     limits: dict[str, int] | None = None,
     before: list | None = None,
 ) -> Process:
     """Starts a stage, "03_sft" for instance, in the folder `cwd`.
 
-    `limits`: resource limits by their names, as {"RLIMIT_FSIZE": 1000}. `before`: a module, a
-    function of it and its arguments, called before the stage begins.
+    `machines`: over how many the ranks believe to be spread. `limits`: resource limits by their
+    names, as {"RLIMIT_FSIZE": 1000}. `before`: a module, a function of it and its arguments, called
+    before the stage begins.
     """
     process = Process()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if ranks > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks // machines)}
     request = {"script": script, "argv": list(map(str, argv)), "cwd": str(cwd)}
     request |= {"folder": process.folder, "limits": limits or {}, "before": before}
     for rank in range(ranks):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rewards import CLASSES, QUESTION, predicted_class
-from support import files
+from support import files, records
 from support.files import BadInput, write_atomic
 from support.records import read_records
 from support.rexgroundingct import Case, check_entry, finding_axis
@@ -379,8 +379,8 @@ def test_interrupted_anywhere_and_started_again(
 
     with monkeypatch.context() as patch:
         torn = ct.torn_write(writes, interrupt)
-        patch.setattr(stage, "write_atomic", torn)
-        patch.setattr(files, "write_atomic", torn)
+        for module in (stage, files, records):
+            patch.setattr(module, "write_atomic", torn)
         with pytest.raises(SystemExit) as stop:
             build(many[1], out)
     assert stop.value.code == 130 and "goes on from here" in capsys.readouterr().err
@@ -470,7 +470,7 @@ def test_a_lost_part_is_made_again_and_strays_go(many, finished, tmp_path):
     assert ct.tree(out) == finished
     for path in (out / ".work").glob("*_a_1.json"):
         path.unlink()
-    (out / "train" / "images" / "stray.png").write_bytes(b"")
+    (out / "train" / "images" / ".tmp.train_1_a_1_s0003.png").write_bytes(b"")
     build(many[1], out)
     assert ct.tree(out) == finished
 
@@ -497,9 +497,9 @@ def test_overwrite_replaces_what_the_scripts_write_and_nothing_else(many, finish
     out = tmp_path / "out"
     build(many[1], out, "--max-slices", "1", "--window", "0", "100")
     (out / "thesis.txt").write_text("keep")
-    (out / "train" / "old.txt").write_text("another run's")
+    (out / "train" / "notes.txt").write_text("keep")
     build(many[1], out, "--overwrite")
-    assert ct.tree(out) == {**finished, "thesis.txt": b"keep"}
+    assert ct.tree(out) == {**finished, "thesis.txt": b"keep", "train/notes.txt": b"keep"}
     before = ct.times(out.rglob("*.png"))
     build(many[1], out, "--overwrite")  # the same settings: it goes on
     assert before == ct.times(before)
@@ -565,8 +565,11 @@ def test_no_folder_no_json_no_record(tmp_path):
     with pytest.raises(SystemExit, match="cannot be read"):
         build(flags, tmp_path / "out2")
     nowhere = ["--rexgroundingct", str(tmp_path / "nowhere"), "--ct-rate", str(tmp_path)]
-    with pytest.raises(SystemExit, match="no such folder"):
+    with pytest.raises(SystemExit, match="nowhere/dataset.json: cannot be read"):
         stage.main([*nowhere, "--out", "never_made"])
+    flags = [*ct.write_index(tmp_path, []), "--ct-rate", str(tmp_path / "none")]
+    with pytest.raises(SystemExit, match="none: no such folder"):
+        build(flags, tmp_path / "out3")
 
 
 ENTRY = {"name": "train_1_a_1.nii.gz", "shape": [40, 48, 12]}

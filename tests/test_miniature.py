@@ -83,7 +83,10 @@ def test_the_report_counts_what_was_answered(tmp_path):
     assert f"| {rewards.CLASSES[0]} | 0.0 (0.0) | 100.0 (100.0) | 100.0 (100.0) |" in text
     assert "| RL without SFT | failed | 46.95 | failed |" in text
     assert "- seed4/eval_rl_no_sft: exit 1: oh" in text
-    zoom = "| Table 3: the zoomed patch helps (SFT, direct) | +3.22 | +0.0 (+0.0 to +0.0)"
-    assert f"{zoom} | +0.0 | not resolved |" in text
-    assert "| Fig. 3: RL makes reasoning and answer agree | +6.81 | no items in common |" in text
+    zoom = "| Table 3: the zoomed patch helps (SFT, direct) | +3.22 | too few patients"
+    assert f"{zoom} in common |  | not resolved |" in text
+    assert (
+        "| Fig. 3: RL makes reasoning and answer agree | +6.81 | too few patients in common |"
+        in text
+    )
     assert "| Table 4: RL needs SFT before it | +5.23 | a run failed |  | not resolved |" in text

@@ -247,8 +247,8 @@ def test_filters_leave_exactly_the_answers_asked_for(browser, parts, tmp_path):
 
 @needs_browser
 def test_what_models_write_stays_text(browser, parts, tmp_path):
-    keys = ("id", "model", "prompt", "text", "thinking")
-    hostile = parts["cases"][1] | dict.fromkeys(keys, HOSTILE)
+    keys = ("id", "model", "prompt", "text", "thinking", "label", "predicted", "mode", "patient")
+    hostile = parts["cases"][1] | dict.fromkeys((*keys, "judged"), HOSTILE)
     title = HOSTILE.replace("\ud800", "").replace("\0", "")  # which no HTML file can hold
     parts["title"] = title
     parts["tables"] = [(HOSTILE, HOSTILE, [["model", HOSTILE], [HOSTILE, "1.0"]])]

@@ -200,6 +200,7 @@ def test_torchrun_equals_one_process(runs):
     assert_close_weights(runs / "sft", runs / "torchrun", 1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_sample_what_one_samples(runs, data, tmp_path):
     flags = ["--data", data, "--model", vlm.TINY, "--out", tmp_path / "grpo", *GRPO]
     finish(launch.start("04_grpo", *flags, ranks=2))
@@ -230,7 +231,8 @@ def test_a_rank_without_variance_neither_hangs_nor_differs(data, tmp_path):
 
 
 # With the tower frozen, and with its merger trained.
-@pytest.mark.parametrize("group", ["llm", pytest.param("mlp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["llm", "mlp"])
 def test_sharded_over_two_ranks_equals_one_process(runs, data, tmp_path, group):
     """Three updates with a rollout before each, and a resume with another world size."""
     flags = ["--data", data, "--model", runs / "sft", "--train", group, "--save-every", "1"]
@@ -267,7 +269,8 @@ def test_memory_is_flat_over_200_steps(data, tmp_path):
     assert peaks[0] > 0.1 and peaks[-1] - peaks[19] < 0.03, (peaks[0], peaks[19], peaks[-1])
 
 
-@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
 def test_foreign_checkpoint(data, tmp_path, tied):
     """Another size and vocabulary, no demo marker, a generation_config that makes samples equal."""
     processor = build_tiny_vlm.build_processor()

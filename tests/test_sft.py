@@ -129,11 +129,14 @@ def test_schedule_by_hand():
 def test_checkpoint_round_trip_and_pickles_are_refused(model, processor, world, tmp_path):
     trained = vlm.set_trainable(model, "llm_mlp")
     optimizer = torch.optim.AdamW(trained.values())
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, model, processor, trained, optimizer, world)
     names = [path.name for path in checkpoint.checkpoints(tmp_path)]
     assert names == ["checkpoint-000002", "checkpoint-000003"]
-    checkpoint.finish(tmp_path, world)
+    checkpoint.finish(tmp_path, 3, world)
     again = vlm.load_model(str(tmp_path), torch.device("cpu"))
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rewards
-from assets import build_tiny_vlm
-from support import phantom, vlm
+from assets import build_tiny_vlm, phantom
+from support import vlm
 from support.records import pictures, read_records
 
 

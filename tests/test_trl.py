@@ -130,7 +130,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("beta", "epochs"),
     [
-        (0.0, 1),
+        pytest.param(0.0, 1, marks=pytest.mark.slow),
         (0.04, 2),
         pytest.param(0.04, 1, marks=pytest.mark.slow),
         pytest.param(0.0, 2, marks=pytest.mark.slow),

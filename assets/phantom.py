@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import scipy  # scipy.ndimage is loaded at its first use
 
-from support.files import read_json, write_atomic
+from support.files import keep, kept, write_atomic
 from support.stage import parallel
 
 TEXTURES = ("solid", "hazy", "ringed", "holed", "meshed")
@@ -112,8 +112,9 @@ def write_phantoms(root: Path, count: int, seed: int, workers: int = 1) -> tuple
 def _write_volume(ct_path: Path, mask_path: Path, seed: int, i: int) -> dict:
     """Writes one volume, unless it is there; returns its entry of dataset.json."""
     entry_path = mask_path.with_name(mask_path.name.replace(".nii.gz", ".json"))
-    if entry_path.exists() and ct_path.exists() and mask_path.exists():
-        return read_json(entry_path)
+    entry = kept(entry_path)
+    if entry and ct_path.exists() and mask_path.exists():
+        return entry
     hu, masks, findings = make_volume(seed, i)
     stored = masks.astype(np.uint8)  # [F, H, W, D]
     if i % 7 == 3:  # some real files have the finding axis last, or none for a single finding
@@ -134,7 +135,7 @@ def _write_volume(ct_path: Path, mask_path: Path, seed: int, i: int) -> dict:
         "categories": dict(zip(keys, codes, strict=True)),
         "protocol": "phantom",
     }
-    write_atomic(entry_path, json.dumps(entry))
+    keep(entry_path, entry)
     return entry
 
 
