@@ -67,6 +67,7 @@ from support.stage import (
     bounded,
     fraction,
     lora_rank,
+    lr_factor,
     natural,
     parse_flags,
     positive,
@@ -127,18 +128,7 @@ def add_gradients(model, micro_batches: list[dict], world: World) -> tuple[float
     return world.sum(total)[0], tokens
 
 
-# ==== 3. Schedule ====
-
-
-def warmup_cosine(step: int, steps: int, warmup_ratio: float) -> float:
-    """The learning rate's factor at `step` (from 0): linear warm-up, then half a cosine to 0."""
-    warmup = math.ceil(steps * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-# ==== 4. Flags ====
+# ==== 3. Flags ====
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -168,7 +158,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parse_flags(parser, argv, DEMO)
 
 
-# ==== 5. The stage ====
+# ==== 4. The stage ====
 
 
 def sft(args: argparse.Namespace) -> None:
@@ -224,9 +214,8 @@ def sft(args: argparse.Namespace) -> None:
             checkpoint.save(args.out, step - 1, model, processor, trained, optimizer, world)
             saved = f"step {step - 1} is saved; lower --lr"
             raise BadInput(f"step {step}: loss or gradient is not finite; {saved}")
-        lr = args.lr * warmup_cosine(step - 1, steps, args.warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = args.lr * lr_factor(step - 1, steps, args.warmup_ratio, "cosine")
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 

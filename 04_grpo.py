@@ -2,7 +2,7 @@
 
 Paper, Section 2.2. One step, in the order of the code below, for each prompt x of a batch:
 
-    1. rollout      y_1 .. y_N ~ pi_theta_old( . | x) under the think prompt            N = 5
+    1. rollout      y_1 .. y_N ~ pi_theta_old( . | x) under the prompt of --prompt      N = 5
     2. rewards      R_i = 1 * format + 1 * validity + 2 * correctness                   rewards.py
     3. advantages   A_i = (R_i - mean(R)) / (std(R) + 1e-4)                             ddof 1
     4. loss         rho = pi_theta(y_t) / pi_theta_old(y_t)
@@ -66,6 +66,7 @@ from support.stage import (
     finite,
     fraction,
     lora_rank,
+    lr_factor,
     natural,
     non_negative,
     parse_flags,
@@ -100,11 +101,10 @@ def uniforms(seed: int, step: int, prompt: int, sample: int, length: int) -> np.
 
 def draw_uniforms(indices: list[int], step: int, args: argparse.Namespace) -> torch.Tensor:
     """The random numbers of a step's samples, [B, N, L], for the prompts of these indices."""
+    N, L = args.group_size, args.max_new_tokens
     groups = []
     for i in indices:
-        group = [
-            uniforms(args.seed, step, i, n, args.max_new_tokens) for n in range(args.group_size)
-        ]
+        group = [uniforms(args.seed, step, i, n, L) for n in range(N)]
         groups.append(np.stack(group))
     return torch.from_numpy(np.stack(groups))
 
@@ -155,7 +155,7 @@ class Sample:
 
 
 def score_samples(
-    step: int, records: list[dict], roll: Rollout, processor, stops: list[int], weights: list[float]
+    step: int, records: list[dict], roll: Rollout, processor, stops: list[int], args
 ) -> list[list[Sample]]:
     """The samples of each record's group with their rewards; advantages are filled in later."""
     groups, opening = [], vlm.opening(processor, roll.prompts)
@@ -164,7 +164,7 @@ def score_samples(
         for n in range(roll.tokens.shape[1]):
             mask = roll.mask[b, n]
             text = opening + vlm.decode(processor, roll.tokens[b, n][mask].tolist(), stops)
-            parts = rewards.reward(text, record["label"], weights)
+            parts = rewards.reward(text, record["label"], args.reward_weights, args.prompt)
             sample = Sample(
                 step=step,
                 id=record["id"],
@@ -290,8 +290,6 @@ def update(
         norm = distributed.to_float(torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM))
         if not math.isfinite(norm):
             break
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr
         optimizer.step()
         optimizer.zero_grad()
     entropy = -sum((old * weight).sum() for old, weight in zip(old_logps, weights, strict=True))
@@ -318,6 +316,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive_int, default=1500, help="rollouts and updates (paper: 1,500)")
     add("--clip", type=fraction, default=0.2, help="delta, the ratio's clipping range (0.2)")
     add("--kl", type=non_negative, default=0.04, help="beta_kl; 0 loads no reference (0.04)")
+    add("--prompt", choices=(*rewards.MODES,), default="think", help="what is asked (paper: think)")
     names = ("FORMAT", "VALIDITY", "CORRECTNESS")
     add("--reward-weights", type=finite, nargs=3, default=rewards.WEIGHTS, metavar=names)
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring (1)")
@@ -326,7 +325,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--loss-norm", choices=("sequence", "token"), default="sequence", help="see token_weights")
     add("--ratio", choices=("token", "sequence"), default="token", help="one rho per such")
     add("--mask-truncated", action="store_true", help="leave cut-off completions out of the loss")
-    add("--lr", type=positive, default=1e-6, help="AdamW's learning rate, constant (1e-6)")
+    add("--lr", type=positive, default=1e-6, help="AdamW's peak learning rate (1e-6)")
+    add("--warmup-ratio", type=fraction, default=0, help="share of steps to warm up (0)")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
     add = parser.add_argument_group("run").add_argument
     add("--micro-batch", type=positive_int, default=1, help="groups per pass: memory only (1)")
     add("--decode", choices=("dynamic", "static"), default="dynamic", help="static: graph on a GPU")
@@ -354,7 +355,7 @@ def grpo(args: argparse.Namespace) -> None:
     model, trained = distributed.load_for_training(args, world)
     twin = distributed.load_twin(args, model, trained, world)
     processor = vlm.load_processor(args.model)
-    trial = vlm.try_out(twin, processor, records, "think", world.device)
+    trial = vlm.try_out(twin, processor, records, args.prompt, world.device)
     rows = args.prompts_per_step / world.size
     vlm.check_room(twin, trial, rows, rows * args.group_size, args.max_new_tokens)
     stops = vlm.stop_ids(model, processor)
@@ -381,7 +382,7 @@ def grpo(args: argparse.Namespace) -> None:
         batch = batch_indices(len(records), args.prompts_per_step, step, args.seed)
         indices = world.share(batch)
         chosen = [records[i] for i in indices]
-        prompts = [rewards.prompt(record["question"], "think") for record in chosen]
+        prompts = [rewards.prompt(record["question"], args.prompt) for record in chosen]
         ids = [record["id"] for record in chosen]
         return indices, vlm.encode(processor, pictures(chosen), prompts, names=ids)
 
@@ -402,13 +403,15 @@ def grpo(args: argparse.Namespace) -> None:
 
         # ---- 2. rewards ----
         chosen = [records[i] for i in indices]
-        groups = score_samples(step, chosen, roll, processor, stops, args.reward_weights)
+        groups = score_samples(step, chosen, roll, processor, stops, args)
         R = torch.tensor([[s.reward for s in group] for group in groups], device=world.device)
 
         # ---- 3. advantages ----
         A = advantages(R)  # [B, N]
 
         # ---- 4. and 5. loss and update ----
+        lr = args.lr * lr_factor(step - 1, args.steps, args.warmup_ratio, args.schedule)
+        optimizer.param_groups[0]["lr"] = lr
         model.train()
         cuts = [slice(b, b + args.micro_batch) for b in range(0, len(indices), args.micro_batch)]
         parts = [roll.rows(cut) for cut in cuts]
@@ -431,7 +434,7 @@ def grpo(args: argparse.Namespace) -> None:
             row[key] = float(np.mean([sample[key] for sample in rows]))
         row |= metrics
         row["zero_variance_groups"] = world.sum(int((R.amax(1) == R.amin(1)).sum()))[0]
-        row["lr"] = args.lr
+        row["lr"] = lr
         row["seconds_rollout"] = sampled - began
         row["seconds_update"] = time.perf_counter() - sampled
         row["peak_memory_gib"] = distributed.peak_memory(world)

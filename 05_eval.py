@@ -1,7 +1,7 @@
 """Evaluation: every table and figure of the paper's Sections 3.3 to 3.5, for any models.
 
-Every model answers every test question twice, greedily: under the direct prompt and under the
-think prompt. Prompts and parser are those of training (rewards.py).
+Every model answers every test question twice, greedily: under the direct and the think prompt.
+Prompts and parser are those of training (rewards.py).
 
     python 05_eval.py                                     the base, runs/sft and runs/grpo
     python 05_eval.py --model runs/sft runs/grpo --judge openai/gpt-oss-20b --textvqa val.json
@@ -9,16 +9,16 @@ think prompt. Prompts and parser are those of training (rewards.py).
     torchrun --nproc-per-node 8 05_eval.py --data data/real_zoom --model runs/real_grpo
 
 Writes to --out predictions.jsonl (per answer: text, class read, truth, reward parts),
-general.jsonl (per general-skill answer: text, right answers, score), metrics.json, what shows it
-(table.md, confusion.png, examples.png, report.html), and .work/ with the answers so far: an
-interrupted run, started again, goes on and ends with the same bytes.
+general.jsonl (per general-skill answer: text, right answers, score), swapped.jsonl, metrics.json,
+what shows it (table.md, confusion.png, examples.png, report.html), and .work/ with the answers so
+far: an interrupted run, started again, goes on and ends with the same bytes.
 
 metrics.json holds for each model and prompt form
 
     accuracy         share of right answers; an answer that cannot be read is wrong
     macro_accuracy   the mean over classes of per_class, the accuracy among one class's records
     invalid          share of answers in which no class can be read
-    format           share of answers in the think format
+    format           share of answers in the format that the prompt asks for
     confusion        counts: the rows are the truth, the last column invalid answers
     judge            under the think prompt. coverage: share of answers whose reasoning gives the
                      judge a class. Of those: consistency, the share that answer with that class,
@@ -26,38 +26,43 @@ metrics.json holds for each model and prompt form
 
 and for each model general skill: the mean score on each set, whole and by part, and the average of
 ChartQA and TextVQA weighted by their counts. "paired" are differences on the same items, of two
-models or of the two prompt forms. Intervals: 95 % bootstrap over patients, null below ten.
+models or of the two prompt forms. Intervals: 95 % bootstrap over patients, null below ten; a record
+without "patient" is its own.
+
+--swap-thinking: does the answer follow the reasoning? Consistency cannot tell: it is as high where
+a reasoning is made up to suit an answer. So the model goes on from the reasoning of another item,
+the donor, which the judge gives neither the own reasoning's class nor the own answer, and from an
+empty one. Of the n items with a donor, those that "moved" answer with the donor's class, those that
+"stayed" with their own answer. "accuracy_without": share of all items, right after the empty one.
 """
 
 from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)
 import argparse
 import functools
 import hashlib
-import itertools
 import json
+import random
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import rewards
 from assets import phantom
 from support import judge, tables, vlm, vqa_metrics
-from support.distributed import World, autocast, start
-from support.files import BadInput, claim, keep, kept, open_picture, read_bytes, write_atomic
+from support.distributed import World, autocast, start, work_once
+from support.files import claim, digest, open_picture, read_bytes, write_atomic
 from support.records import load_split
 from support.report import write_report
 from support.stage import parse_flags, positive_int
-from support.stats import bootstrap
+from support.stats import bootstrap, paired_differences
 
 # Used instead of the defaults when every --model descends from the tiny demo checkpoint.
 DEMO = {"max_new_tokens": 40, "batch_size": 64, "skill": True}
 MODES = {"both": ("direct", "think"), "yes": ("think",), "no": ("direct",)}
-OUTPUTS = ("predictions.jsonl", "general.jsonl", "metrics.json", "table.md")
+OUTPUTS = ("predictions.jsonl", "general.jsonl", "swapped.jsonl", "metrics.json", "table.md")
 OUTPUTS += ("confusion.png", "examples.png", "report.html")
 
 
@@ -65,64 +70,23 @@ OUTPUTS += ("confusion.png", "examples.png", "report.html")
 
 
 @torch.no_grad()
-def answer(model, processor, images: list, prompts: list, tokens: int, device) -> list[str]:
-    """The model's greedy completions of one batch, by its own `generate`, at most `tokens` long."""
-    ours = isinstance(processor, vlm.Processor)
-    if ours:
-        batch, stops = vlm.encode(processor, images, prompts), vlm.stop_ids(model, processor)
-        ends = {"eos_token_id": stops, "pad_token_id": stops[0]}
-    else:  # another family: its own processor, stop tokens and padding
-        chats, ends = [], {}
-        for image, prompt in zip(images, prompts, strict=True):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
-            chats.append([{"role": "user", "content": content}])
-        form = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        form["processor_kwargs"] = {"padding": True, "padding_side": "left"}
-        with vlm.guarded(model.name_or_path, "its processor does not work"):
-            batch = processor.apply_chat_template(chats, add_generation_prompt=True, **form)
+def answer(model, processor, images, prompts, tokens: int, device, begun=None) -> list[str]:
+    """The model's greedy completions of one batch, by its own `generate`, at most `tokens` long.
+
+    They go on from `begun`, a text per prompt, which is not repeated in them.
+    """
+    batch, ends = vlm.encode_any(model, processor, images, prompts, begun)
     vlm.check_room(model, batch, len(prompts), len(prompts), tokens)
     with autocast(device):
         rows = vlm.generate(model, vlm.to_device(batch, device), tokens, **ends)  # [B][T]
-    begun = vlm.opening(processor, batch)
-    if ours:
-        return [begun + vlm.decode(processor, row, stops) for row in rows]
-    return [begun + text for text in processor.batch_decode(rows, skip_special_tokens=True)]
-
-
-def digest(value: object) -> str:
-    """A short name for a JSON value, or for the bytes of a file."""
-    data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
-
-
-def work_once(
-    place: Path, items: list, size: int, work: Callable, world: World, desc: str, together=False
-) -> list:
-    """One result per item, by `work` on batches of `size`, which are dealt out over ranks.
-
-    `together`: every rank works on every batch, since each holds a part of the model. A batch's
-    results are a file of `place`, named by what was asked. So nothing is done twice, and however
-    many ranks there are and wherever a run was cut, results are the same. All share the disk.
-    """
-    batches = [items[i : i + size] for i in range(0, len(items), size)]
-    files = [place / f"{digest(batch)}.json" for batch in batches]
-    # Rank 0 alone looks: others may already be writing by then.
-    missing = [i for i, file in enumerate(files) if world.main and kept(file) is None]
-    missing = world.gather(missing)
-    share = missing if together else world.share(missing)
-    for i in tqdm(share, desc=desc, unit="batch", disable=not (world.main and missing)):
-        results = work(batches[i])
-        if world.main or not together:
-            keep(files[i], results)
-    world.wait()
-    results = list(map(kept, files))
-    if None in results:
-        raise BadInput(f"{place}: answers were removed or damaged meanwhile; start again")
-    return list(itertools.chain.from_iterable(results))
+    opening = vlm.opening(processor, batch)
+    if ends:
+        return [opening + vlm.decode(processor, row, ends["eos_token_id"]) for row in rows]
+    return [opening + text for text in processor.batch_decode(rows, skip_special_tokens=True)]
 
 
 def ask(name: str, place: Path, tasks: dict, args, world: World) -> dict[str, list[str]]:
-    """One model's completions of each task's pairs [picture's path, prompt]."""
+    """One model's completions of each task's items [picture's path, prompt, the answer's start]."""
     split = world.size if args.tensor_parallel else 1
 
     @functools.cache  # and called only when answers are missing
@@ -130,14 +94,14 @@ def ask(name: str, place: Path, tasks: dict, args, world: World) -> dict[str, li
         return vlm.load_model(name, world.device, split=split), vlm.any_processor(name)
 
     def work(batch: list) -> list[str]:
-        images = [open_picture(Path(path)).convert("RGB") for path, _ in batch]
-        prompts = [prompt for _, prompt in batch]
-        return answer(*load(), images, prompts, args.max_new_tokens, world.device)
+        paths, prompts, begun = zip(*batch, strict=True)
+        images = [open_picture(Path(path)).convert("RGB") for path in paths]
+        return answer(*load(), images, prompts, args.max_new_tokens, world.device, begun)
 
     texts = {}
-    for task, pairs in tasks.items():
+    for task, items in tasks.items():
         desc = f"{Path(name).name}, {task}"
-        texts[task] = work_once(place / task, pairs, args.batch_size, work, world, desc, split > 1)
+        texts[task] = work_once(place / task, items, args.batch_size, work, world, desc, split > 1)
     return texts
 
 
@@ -169,6 +133,8 @@ class Diagnosis:
     correctness: float
     text: str
     judged: str | None = None  # under the think prompt: the judge's class
+    kind = property(lambda row: row.mode)
+    score = property(lambda row: row.correctness)
 
 
 @dataclass
@@ -184,6 +150,7 @@ class Skill:
     answers: list[str]  # the right ones
     text: str
     score: float
+    kind = property(lambda row: row.set)
 
 
 def diagnoses(name: str, records: list[dict], mode: str, texts: list[str]) -> list[Diagnosis]:
@@ -191,7 +158,7 @@ def diagnoses(name: str, records: list[dict], mode: str, texts: list[str]) -> li
     rows = []
     for record, text in zip(records, texts, strict=True):
         label, patient = record["label"], record.get("patient", record["id"])
-        parts = rewards.reward(text, label)
+        parts = rewards.reward(text, label, mode=mode)
         scores = parts.predicted, parts.format, parts.validity, parts.correctness
         rows.append(Diagnosis(name, mode, record["id"], patient, label, *scores, text))
     return rows
@@ -228,6 +195,39 @@ def judge_rows(rows: list[Diagnosis], args: argparse.Namespace, world: World) ->
         row.judged = by_text.get(rewards.reasoning(row.text))
 
 
+def donors(rows: list[Diagnosis]) -> list[Diagnosis | None]:
+    """For each row another, drawn by the row's id alone; None where there is none.
+
+    The judge gives it neither the row's judged class nor its answered one: with the latter, a model
+    that always answers alike would seem to move.
+    """
+    drawn = []
+    for row in rows:
+        not_these = None, row.judged, row.predicted
+        others = [r for r in rows if row.judged and r.judged not in not_these]
+        drawn.append(random.Random(row.id).choice(others) if others else None)
+    return drawn
+
+
+def swap(name: str, place: Path, items: list, rows: list[Diagnosis], args, world) -> list[dict]:
+    """One model's lines of swapped.jsonl, for its `items` and `rows` under the think prompt."""
+    given, tasks = donors(rows), {"swapped": [], "empty": []}
+    for (image, prompt, _), donor in zip(items, given, strict=True):
+        tasks["empty"].append([image, prompt, "<think></think>"])
+        if donor:
+            begun = f"<think>{rewards.reasoning(donor.text)}</think>"
+            tasks["swapped"].append([image, prompt, begun])
+    texts = ask(name, place, tasks, args, world)
+    swapped, lines = iter(texts["swapped"]), []
+    for row, donor, text in zip(rows, given, texts["empty"], strict=True):
+        line = {"model": name, "id": row.id, "patient": row.patient, "label": row.label}
+        line |= {"predicted": row.predicted, "judged": row.judged}
+        line |= {"donor": donor and donor.id, "donor_class": donor and donor.judged}
+        line["swapped"] = rewards.predicted_class(next(swapped)) if donor else None
+        lines.append(line | {"empty": rewards.predicted_class(text)})
+    return lines
+
+
 # ==== 3. Metrics: shares of those rows, with intervals ====
 
 
@@ -258,13 +258,23 @@ def summarise(rows: list[Diagnosis]) -> dict:
 def summarise_judge(rows: list[Diagnosis]) -> dict:
     """How often the judge decides, agrees with the answer, and is right (Fig. 3)."""
     decided = [row for row in rows if row.judged is not None]
-    result = {"coverage": len(decided) / len(rows), "consistency": None, "right": None}
-    if decided:
-        same = np.array([row.judged == row.predicted for row in decided], float)
-        consistency = bootstrap(same, [row.patient for row in decided])
-        result["consistency"] = consistency["mean"]
-        result["right"] = float(np.mean([row.judged == row.label for row in decided]))
-        result["interval_95"] = consistency["interval_95"]
+    patients = [row.patient for row in decided]
+    same = bootstrap([row.judged == row.predicted for row in decided], patients)
+    right = bootstrap([row.judged == row.label for row in decided], patients)
+    result = {"coverage": len(decided) / len(rows), "consistency": same["mean"]}
+    return result | {"right": right["mean"], "interval_95": same["interval_95"]}
+
+
+def summarise_swap(lines: list[dict]) -> dict:
+    """Shares of answers that move or stay, which unreadable ones do not, or are right without."""
+    given = [line for line in lines if line["donor"]]
+    result = {"n": len(given)}
+    shares = [("moved", given, "swapped", "donor_class"), ("stayed", given, "swapped", "predicted")]
+    shares.append(("accuracy_without", lines, "empty", "label"))
+    for name, over, answered, wanted in shares:
+        hits = [line[answered] is not None and line[answered] == line[wanted] for line in over]
+        share = bootstrap(hits, [line["patient"] for line in over])
+        result |= {name: share["mean"], f"{name}_interval_95": share["interval_95"]}
     return result
 
 
@@ -285,51 +295,29 @@ def weighted_average(general: dict) -> float | None:
     return sum(part["n"] * part["mean"] for part in parts) / total if parts else None
 
 
-def paired_differences(rows: list, general: list, names: dict, modes: tuple) -> list[dict]:
-    """Second minus first on the same items: of two models (named by `names`) and of two prompts."""
-    values, patients = defaultdict(list), defaultdict(list)
-    for row in rows:
-        values[row.model, row.mode].append(row.correctness)
-        patients[row.model, row.mode].append(row.patient)
-    for row in general:
-        values[row.model, row.set].append(row.score)
-        patients[row.model, row.set].append(row.patient)
-    pairs = []
-    for one, other in itertools.combinations(names, 2):
-        for kind in [*modes, *dict.fromkeys(row.set for row in general)]:
-            pairs.append(((one, kind), (other, kind)))
-    if len(modes) == 2:
-        pairs += [((name, "direct"), (name, "think")) for name in names]
-    result = []
-    for first, second in pairs:
-        gain = np.array(values[second]) - np.array(values[first])
-        ends = {"from": [names[first[0]], first[1]], "to": [names[second[0]], second[1]]}
-        result.append(ends | bootstrap(gain, patients[first]))
-    return result
-
-
-def measure(args: argparse.Namespace, rows: list[Diagnosis], general: list[Skill]) -> dict:
+def measure(args, rows: list[Diagnosis], general: list[Skill], swapped: list[dict]) -> dict:
     """The content of metrics.json. Models go by their folder's name where that is unambiguous."""
     names = {name: Path(name).name for name in args.model}
     if len(set(names.values())) < len(names):
         names = {name: name for name in args.model}
-    modes = MODES[args.think]
-    models = {}
+    groups, models = defaultdict(list), {}
+    for row in [*rows, *general]:
+        groups[row.model, row.kind].append(row)
     for name in args.model:
-        by_mode, by_set = {}, {}
-        for mode in modes:
-            by_mode[mode] = summarise([r for r in rows if (r.model, r.mode) == (name, mode)])
-        for key in dict.fromkeys(row.set for row in general):
-            by_set[key] = summarise_general([r for r in general if (r.model, r.set) == (name, key)])
+        by_mode = {mode: summarise(groups[name, mode]) for mode in MODES[args.think]}
+        sets = dict.fromkeys(row.set for row in general)
+        by_set = {key: summarise_general(groups[name, key]) for key in sets}
         model = {"path": name, "parameters": vlm.count_parameters(name)}
         model |= {"modes": by_mode, "general": by_set}
+        if args.swap_thinking:
+            model["swap_thinking"] = summarise_swap([s for s in swapped if s["model"] == name])
         models[names[name]] = model | {"weighted_average": weighted_average(by_set)}
-    n = len(rows) // (len(args.model) * len(modes))  # every model and mode answers the same items
-    labels = [row.label for row in rows[:n]]
-    name = max(rewards.CLASSES, key=labels.count)
-    metrics = {"n": n, "commonest_class": {"name": name, "share": labels.count(name) / n}}
+    labels = [row.label for row in groups[rows[0].model, rows[0].mode]]  # alike in all
+    commonest = max(rewards.CLASSES, key=labels.count)
+    share = labels.count(commonest) / len(labels)
+    metrics = {"n": len(labels), "commonest_class": {"name": commonest, "share": share}}
     metrics |= {"judge": args.judge, "models": models}
-    return metrics | {"paired": paired_differences(rows, general, names, modes)}
+    return metrics | {"paired": paired_differences(groups, names)}
 
 
 # ==== 4. Files: what --out holds ====
@@ -337,15 +325,14 @@ def measure(args: argparse.Namespace, rows: list[Diagnosis], general: list[Skill
 
 def checkpoint_digest(name: str) -> str:
     """Tells checkpoints apart: a hub id's commit, or a digest of a folder's content."""
-    folder, total = Path(name), hashlib.blake2b(digest_size=12)
+    folder, parts = Path(name), []
     if not folder.is_dir():
         return str(vlm.load_config(name)._commit_hash)
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".jinja", ".txt") and file.is_file():
             with open(file, "rb") as content:
-                of_file = hashlib.file_digest(content, "blake2b").digest()
-            total.update(file.name.encode(errors="surrogateescape") + of_file)
-    return total.hexdigest()
+                parts.append([file.name, hashlib.file_digest(content, "blake2b").hexdigest()])
+    return digest(parts)
 
 
 def open_out(args: argparse.Namespace) -> None:
@@ -356,29 +343,30 @@ def open_out(args: argparse.Namespace) -> None:
     files |= {"chartqa": args.chartqa, "textvqa": args.textvqa}
     for flag, paths in files.items():
         settings[flag] = [digest(read_bytes(path)) for path in paths]
-    for flag in ("think", "limit", "max_new_tokens", "batch_size", "skill"):
+    for flag in ("think", "limit", "max_new_tokens", "batch_size", "skill", "swap_thinking"):
         settings[flag] = getattr(args, flag)
-    outputs = (*OUTPUTS, ".work/*")
-    claim(args.out, settings, outputs, go_on=not args.overwrite, overwrite=args.overwrite)
+    anew = args.overwrite
+    claim(args.out, settings, (*OUTPUTS, ".work/*"), go_on=not anew, overwrite=anew)
 
 
-def write_results(args, records: list[dict], rows: list[Diagnosis], general: list[Skill]) -> None:
+def write_results(args, records: list[dict], rows: list, general: list, swapped: list) -> None:
     """Writes every file of --out, metrics.json last."""
-    metrics = measure(args, rows, general)
+    metrics = measure(args, rows, general, swapped)
     shown = tables.tables(metrics)
     by_id = {record["id"]: record for record in records}
-    lines, cases = [], []
+    answers, cases = [], []
     for row in rows:
         line, record = asdict(row), by_id[row.id]
         if row.mode == "direct":  # no reasoning, no judge
             del line["judged"]
-        lines.append(json.dumps(line) + "\n")
+        answers.append(line)
         case = {"image": record["image"], "thinking": rewards.reasoning(row.text)}
         cases.append(line | case | {"prompt": rewards.prompt(record["question"], row.mode)})
-    write_atomic(args.out / "predictions.jsonl", "".join(lines))
-    if general:
-        lines = [json.dumps(asdict(row)) + "\n" for row in general]
-        write_atomic(args.out / "general.jsonl", "".join(lines))
+    files = {"predictions": answers, "general": map(asdict, general), "swapped": swapped}
+    for name, lines in files.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        if text:
+            write_atomic(args.out / f"{name}.jsonl", text)
     write_atomic(args.out / "table.md", tables.markdown(shown))
     figures = {"Confusion": args.out / "confusion.png"}
     tables.plot_confusion(figures["Confusion"], metrics["models"])
@@ -387,8 +375,7 @@ def write_results(args, records: list[dict], rows: list[Diagnosis], general: lis
         for run in (Path(name), Path(name).parent):  # a checkpoint lies in its run
             if (run / "curves.png").is_file():
                 figures[f"Training: {run}"] = run / "curves.png"
-    title, shots = "MedReason-R1: evaluation", list(figures.items())
-    write_report(args.out / "report.html", title, shown, shots, cases)
+    write_report(args.out / "report.html", "MedReason-R1: evaluation", shown, figures, cases)
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
     print(tables.markdown(shown))
     print(f"{args.out}: {', '.join(name for name in OUTPUTS if (args.out / name).exists())}")
@@ -409,6 +396,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--image", type=Path, help="only print the answers about this picture that 02 drew")
     add = parser.add_argument_group("beyond accuracy").add_argument
     add("--judge", default="keyword", help="keyword, or a language model (paper: gpt-oss-20b)")
+    add("--swap-thinking", action="store_true", help="answer after other reasoning, and after none")
     add("--skill", action=argparse.BooleanOptionalAction, help="ask what the tiny base was taught")
     add("--chartqa", type=Path, nargs="+", default=[], help=f"its JSON, or JSONL of {chart}")
     add("--textvqa", type=Path, nargs="+", default=[], help="its JSON, or JSONL with ten answers")
@@ -421,6 +409,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parse_flags(parser, argv, DEMO)
     if len(set(args.model)) < len(args.model):
         parser.error("--model names a checkpoint twice; name each once")
+    if args.swap_thinking and args.think == "no":
+        parser.error("--swap-thinking needs reasoning to swap; leave out --think no")
+    if args.image and (args.swap_thinking or args.tensor_parallel):
+        parser.error("--image goes without --swap-thinking and --tensor-parallel")
     return args
 
 
@@ -453,21 +445,28 @@ def evaluate(args: argparse.Namespace) -> None:
     if world.main:
         open_out(args)
     world.wait()
-    tasks, rows, general = {}, [], []
+    tasks, rows, general, swapped = {}, [], [], []
     for mode in modes:
-        tasks[mode] = [[str(r["image"]), rewards.prompt(r["question"], mode)] for r in records]
+        tasks[mode] = []
+        for record in records:
+            prompt = rewards.prompt(record["question"], mode)
+            tasks[mode].append([str(record["image"]), prompt, ""])
     for key, questions in sets.items():
         form = "" if key == "skill" else f"\n{vqa_metrics.SHORT}"
-        tasks[key] = [[str(q["image"]), q["question"] + form] for q in questions]
-    for number, name in enumerate(args.model):
-        texts = ask(name, args.out / ".work" / f"model-{number}", tasks, args, world)
+        tasks[key] = [[str(q["image"]), q["question"] + form, ""] for q in questions]
+    places = {name: args.out / ".work" / f"model-{i}" for i, name in enumerate(args.model)}
+    for name, place in places.items():
+        texts = ask(name, place, tasks, args, world)
         for mode in modes:
             rows += diagnoses(name, records, mode, texts[mode])
         for key, questions in sets.items():
             general += skills(name, key, questions, texts[key])
     judge_rows(rows, args, world)
+    for name, place in places.items() if args.swap_thinking else ():
+        thought = [row for row in rows if (row.model, row.mode) == (name, "think")]
+        swapped += swap(name, place, tasks["think"], thought, args, world)
     if world.main:
-        write_results(args, records, rows, general)
+        write_results(args, records, rows, general, swapped)
     world.close()
 
 

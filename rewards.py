@@ -43,7 +43,8 @@ _CANONICAL = {name.casefold(): name for name in CLASSES}
 # `.` must match newlines (DOTALL), and the tempered dot keeps a pair from swallowing another tag.
 _INSIDE = r"((?:(?!</?(?:think|answer)>).)*)"
 _ANSWER = re.compile(rf"<answer>{_INSIDE}</answer>", re.DOTALL)
-_FORMAT = re.compile(rf"<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>", re.DOTALL)
+_THOUGHT = re.compile(rf"<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>", re.DOTALL)
+_FORMATS = {"think": _THOUGHT, "direct": _ANSWER}
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,14 @@ def reasoning(completion: str) -> str:
     return pair.group(1).strip() if pair else ""
 
 
-def format_reward(completion: str) -> float:
-    """R_format: 1 iff all there is is one non-empty think pair, then one non-empty answer pair."""
-    pair = _FORMAT.fullmatch(completion.strip())
-    return float(pair is not None and all(part.strip() for part in pair.groups()))
+def format_reward(completion: str, mode: str = "think") -> float:
+    """R_format: 1 iff a completion is what the prompt of `mode` asks for, and nothing else.
+
+    "think": one non-empty think pair, then one non-empty answer pair. "direct": one non-empty
+    answer pair alone. Raises KeyError for another mode.
+    """
+    whole = _FORMATS[mode].fullmatch(completion.strip())
+    return float(whole is not None and all(part.strip() for part in whole.groups()))
 
 
 def validity_reward(completion: str) -> float:
@@ -109,15 +114,21 @@ def correctness_reward(completion: str, label: str) -> float:
     return float(predicted_class(completion) == label)
 
 
-def reward(completion: str, label: str, weights: tuple[float, float, float] = WEIGHTS) -> Reward:
+def reward(
+    completion: str,
+    label: str,
+    weights: tuple[float, float, float] = WEIGHTS,
+    mode: str = "think",
+) -> Reward:
     """All three reward parts of one completion and R, their sum weighted by (alpha, beta, gamma).
 
-    Raises ValueError when `label` is not one of CLASSES: every completion would silently score 0.
+    `mode` is the prompt's, "think" or "direct"; only the format depends on it. Raises ValueError
+    when `label` is not one of CLASSES: every completion would silently score 0.
     """
     if label not in CLASSES:
         raise ValueError(f"label {label!r} is not one of the classes {CLASSES}")
     parts = (
-        format_reward(completion),
+        format_reward(completion, mode),
         validity_reward(completion),
         correctness_reward(completion, label),
     )

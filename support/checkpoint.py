@@ -31,7 +31,9 @@ def open_run(args: argparse.Namespace, world: World) -> None:
     Raises BadInput for another run's files, unless --overwrite, which deletes them.
     """
     if world.main:
-        settings = {key: value for key, value in vars(args).items() if key not in FREE}
+        fixed = args.warmup_ratio == 0 and getattr(args, "schedule", None) == "constant"
+        free = FREE if fixed else FREE - {"steps"}  # each step's learning rate depends on them
+        settings = {key: value for key, value in vars(args).items() if key not in free}
         files = [args.data / name for name in ("train/metadata.jsonl", "dataset_info.json")]
         data = b"".join(read_bytes(file) for file in files)
         settings["data"] = hashlib.sha256(data).hexdigest()

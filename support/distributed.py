@@ -6,6 +6,7 @@ micro-batches.
 """
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -18,9 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from support import vlm
-from support.files import BadInput
+from support.files import BadInput, digest, keep, kept
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,30 @@ def peak_memory(world: World) -> float:
 
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def work_once(place: Path, items: list, size: int, work, world, desc: str, together=False) -> list:
+    """One result per item, by `work` on batches of `size`, which are dealt out over ranks.
+
+    A batch's results are a file of `place`, named by what was asked. So nothing is done twice, and
+    results are the same for any number of ranks, which share the disk, and wherever a run was cut.
+    `together`: each rank holds a part of the model, and all work on every batch.
+    """
+    batches = [items[i : i + size] for i in range(0, len(items), size)]
+    files = [place / f"{digest(batch)}.json" for batch in batches]
+    # Rank 0 alone looks: others may already be writing by then.
+    missing = [i for i, file in enumerate(files) if world.main and kept(file) is None]
+    missing = world.gather(missing)
+    share = missing if together else world.share(missing)
+    for i in tqdm(share, desc=desc, unit="batch", disable=not (world.main and missing)):
+        results = work(batches[i])
+        if world.main or not together:
+            keep(files[i], results)
+    world.wait()
+    results = list(map(kept, files))
+    if None in results:
+        raise BadInput(f"{place}: answers were removed or damaged meanwhile; start again")
+    return list(itertools.chain.from_iterable(results))
 
 
 # ==== Signals ====

@@ -45,15 +45,12 @@ class Rollout:
         if self.features is None:
             prompts = self.prompts if times == 1 else vlm.repeat(self.prompts, times)
             return {key: prompts[key] for key in ("pixel_values", "image_grid_thw")}
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-            BaseModelOutputWithDeepstackFeatures,
-        )
+        from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
         features = [picture.unbind(1) for picture in self.features for _ in range(times)]
         merged, *deepstack = zip(*features, strict=True)
-        kept = BaseModelOutputWithDeepstackFeatures(
-            pooler_output=merged, deepstack_features=deepstack
-        )
+        output = qwen3.BaseModelOutputWithDeepstackFeatures
+        kept = output(pooler_output=merged, deepstack_features=deepstack)
         return {"mm_encoder_outputs": {"image": kept}}
 
 
@@ -139,7 +136,7 @@ class StaticDecode:
     CUDA the eager step is captured once in a graph, which is launched as a whole; on a CPU it runs
     as it is. A graph reads the weights where they were: they may change in place, but copies that
     autocast made of them would stay old. So the step runs outside autocast, from weights that need
-    no cast (distributed.load_twin).
+    no cast (distributed.load_twin). `static_decode` keeps those of the last two shapes.
     """
 
     def __init__(self, model, rows: int, length: int):
@@ -197,10 +194,7 @@ class StaticDecode:
         return self.logits
 
 
-@lru_cache(maxsize=2)
-def static_decode(model, rows: int, length: int) -> StaticDecode:
-    """The decode of these shapes, kept from step to step."""
-    return StaticDecode(model, rows, length)
+static_decode = lru_cache(maxsize=2)(StaticDecode)
 
 
 @torch.no_grad()
@@ -248,7 +242,8 @@ def rollout(
     stopped = torch.isin(tokens, stop)
     mask = stopped.cumsum(2) - stopped.long() == 0  # True up to the first stop
     longest = int(mask.sum(2).max())
-    tokens, mask = (tokens * mask)[..., :longest], mask[..., :longest]
+    tokens = (tokens * mask)[..., :longest]
+    mask = mask[..., :longest]
     return Rollout(prompts, tokens, mask, stopped.any(2), features)
 
 

@@ -175,6 +175,12 @@ def kept(path: Path) -> object | None:
     return json.loads(text) if digest == hashlib.sha256(text).hexdigest().encode() else None
 
 
+def digest(value: object) -> str:
+    """A short name for a JSON value, or for the bytes of a file."""
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
 def lies_in(path: Path, folder: Path) -> bool:
     """Whether `path`, all links followed, is `folder` or within it."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -50,14 +50,13 @@ def _policy(page: str) -> str:
 
 
 def write_report(
-    path: Path, title: str, tables: list[Table], figures: list[tuple[str, Path]], cases: list[dict]
+    path: Path, title: str, tables: list[Table], figures: dict[str, Path], cases: list[dict]
 ) -> None:
     """Writes the page, whole or not at all. Raises BadInput when a picture cannot be read.
 
-    figures: caption, PNG. cases: per answer its line of predictions.jsonl and image (Path), prompt
+    figures: PNGs by caption. cases: per answer its line of predictions.jsonl, image (Path), prompt
     and thinking; answers to one slice share its id and image. Where the pictures of all slices
-    would pass BUDGET (by the size of the first), an even selection of them is kept, and the page
-    says so.
+    would pass BUDGET (by the size of the first), an even selection is kept, and the page says so.
     """
     images = list(dict.fromkeys(case["image"] for case in cases))
     room = min(len(images), max(1, BUDGET // len(_jpeg(images[0]))))
@@ -69,7 +68,7 @@ def write_report(
             prompt = prompts.setdefault(case["prompt"], len(prompts))
             rows.append(case | {"prompt": prompt, "image": places[case["image"]]})
     data = {"tables": tables, "cases": rows, "prompts": list(prompts)}
-    data["figures"] = [[caption, _base64(read_bytes(png))] for caption, png in figures]
+    data["figures"] = [[caption, _base64(read_bytes(png))] for caption, png in figures.items()]
     data["pictures"] = [_jpeg(image) for image in images]
     data["total"] = len({case["id"] for case in cases})
     page = TEMPLATE.read_text(encoding="utf-8")

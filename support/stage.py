@@ -1,4 +1,4 @@
-"""How a stage runs and ends: its flags, its worker processes, its exit code and last line."""
+"""How a stage runs and ends: flags and schedule, worker processes, exit code and last line."""
 
 import argparse
 import math
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from support import GOES_ON, leave
 from support.files import BadInput
 
-# ==== Flags: what argparse's `type=` takes ====
+# ==== Flags: types for argparse's `type=`, the demo's defaults, the schedule ====
 
 
 def bounded(kind: type, low: float, high: float, words: str) -> Callable[[str], float]:
@@ -65,6 +65,17 @@ def parse_flags(
         parser.set_defaults(**demo)
         args = parser.parse_args(argv)
     return args
+
+
+def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> float:
+    """The learning rate's factor at `step` (from 0): linear warm-up, then "constant", that is 1, or
+    "cosine", half a cosine from 1 to 0."""
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 # ==== The end of a stage ====

@@ -35,6 +35,8 @@ def tables(metrics: dict) -> list[Table]:
     result = [_accuracy(metrics), _by_class(metrics["models"])]
     if any("think" in model["modes"] for model in metrics["models"].values()):
         result.append(_agreement(metrics))
+    if any("swap_thinking" in model for model in metrics["models"].values()):
+        result.append(_swapped(metrics["models"]))
     if any(model["general"] for model in metrics["models"].values()):
         result.append(_general(metrics["models"]))
     if metrics["paired"]:
@@ -49,8 +51,8 @@ def _accuracy(metrics: dict) -> Table:
         for mode, m in model["modes"].items():
             accuracy = percent(m["accuracy"], m["interval_95"])
             macro = percent(m["macro_accuracy"], m["macro_interval_95"])
-            form = percent(m["format"]) if mode == "think" else ""
-            rows.append([name, size, mode, accuracy, macro, percent(m["invalid"]), form])
+            shares = percent(m["invalid"]), percent(m["format"])
+            rows.append([name, size, mode, accuracy, macro, *shares])
     chance, common = percent(1 / len(rewards.CLASSES)), metrics["commonest_class"]
     rows.append(["chance", "", "", chance, chance, "", ""])
     present = [share for share in m["per_class"].values() if share is not None]  # alike in all
@@ -78,13 +80,26 @@ def _agreement(metrics: dict) -> Table:
         m = model["modes"]["think"]["judge"]
         consistency = percent(m["consistency"], m.get("interval_95"))
         rows.append([name, consistency, percent(m["coverage"]), percent(m["right"])])
-    note = (
-        f"Judge: {metrics['judge']}; it reads the thinking alone. Coverage: answers whose thinking "
-    )
-    note += (
-        "it gives a class. Of those: answers equal to that class, and classes equal to the truth."
-    )
+    note = f"Judge: {metrics['judge']}; it reads the thinking alone. "
+    note += "Coverage: answers whose thinking it gives a class. "
+    note += "Of those: answers equal to that class, and classes equal to the truth."
     return Table("Reasoning and answer agree (Fig. 3)", note, rows)
+
+
+def _swapped(models: dict) -> Table:
+    rows = [["model", "moved %", "stayed %", "right without reasoning %", "n"]]
+    for name, model in models.items():
+        m = model["swap_thinking"]
+        shares = []
+        for key in ("moved", "stayed", "accuracy_without"):
+            shares.append(percent(m[key], m[f"{key}_interval_95"]))
+        rows.append([name, *shares, str(m["n"])])
+    note = "Moved: after another item's reasoning, the answer is the class of that. "
+    note += "(The judge gives it neither the own reasoning's class nor the own answer.) "
+    note += "Stayed: it is the own answer. "
+    note += "Both of the n items that have such a reasoning. "
+    note += "Right without reasoning: after an empty one, of all items."
+    return Table("Does the answer follow the reasoning?", note, rows)
 
 
 def _general(models: dict) -> Table:
@@ -125,7 +140,8 @@ def markdown(shown: list[Table]) -> str:
     for caption, note, rows in shown:
         lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
         lines.insert(1, "|---" * len(rows[0]) + "|")
-        parts.append("\n".join([f"**{caption}.** {note}".strip(), "", *lines, ""]))
+        head = f"**{caption}.** {note}".replace("?.**", "?**").strip()
+        parts.append("\n".join([head, "", *lines, ""]))
     return "\n".join(parts)
 
 

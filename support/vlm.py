@@ -9,7 +9,7 @@ import copy
 import multiprocessing
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -243,10 +243,8 @@ def pretrained(kind: str, name: str, **options):
     remedy = "is the folder complete?"
     if not local:
         _try_hub()
-        remedy = (
-            "no folder; as a hub id: check its spelling and the network, `hf auth login` if it is "
-            "gated; `hf download` gives a folder, HF_HUB_OFFLINE=1 uses the cache at once"
-        )
+        remedy = "no folder; as a hub id: check its spelling and the network, `hf auth login` if "
+        remedy += "gated; `hf download` gives a folder, HF_HUB_OFFLINE=1 uses the cache at once"
     with guarded(name, f"cannot be loaded as a checkpoint ({remedy})"):
         return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
 
@@ -336,9 +334,7 @@ def save_checkpoint(folder: Path, model, processor: Processor, state: dict | Non
 # ==== What is trained ====
 
 
-def set_trainable(
-    model: torch.nn.Module, group: str, rank: int = 16
-) -> dict[str, torch.nn.Parameter]:
+def set_trainable(model, group: str, rank: int = 16) -> dict[str, torch.nn.Parameter]:
     """Freezes all but the parameters of `group`, one of TRAIN, and returns those by name.
 
     "lora" adds adapters of `rank` first. Raises BadInput when nothing matches, as for a family of
@@ -423,13 +419,15 @@ def encode(
     prompts: list[str],
     answers: list[str] | None = None,
     names: list[str] | None = None,
+    begun: Sequence[str] | None = None,
 ) -> dict:
     """One batch of chats, each a picture and a prompt, ready for `model(**batch)`.
 
     Without `answers` rows are padded on the left, so that completions start in one column. With
     them the answer and the end-of-turn token follow the prompt, rows are padded on the right, and
     `labels` holds the answer's tokens, EOS included, and -100 elsewhere. Labels are built from
-    lengths, never from pad ids, since pad and EOS may be one token.
+    lengths, never from pad ids, since pad and EOS may be one token. `begun`: how each completion
+    begins; it belongs to the prompt.
 
     Returns input_ids, attention_mask, mm_token_type_ids (1 at image tokens; without it the model
     silently loses its 3-D positions), [B, T] each; pixel_values [patches, channels * 2 * patch**2];
@@ -457,6 +455,9 @@ def encode(
             # No tokenizer could make more characters fit.
             text = text[: 200 * processor.limit].replace(IMAGE_PAD, IMAGE_PAD * int(counts[i]))
             ids = tokenizer(text)["input_ids"]
+            if begun:  # a model wrote it: what looks like a special token is plain text
+                start = beginning(tokenizer, text, begun[i])
+                ids = ids + tokenizer(start, split_special_tokens=True)["input_ids"]
         starts.append(len(ids))
         if answers is not None:
             # Where the template opens the reasoning, an answer without any must close it first.
@@ -489,6 +490,43 @@ def encode(
     if answers is not None:
         batch["labels"] = labels
     return batch
+
+
+def beginning(tokenizer, chat: str, begun: str) -> str:
+    """The text that makes a model go on from `begun`, an answer's start, after a rendered chat.
+
+    A template may have opened the reasoning. A last ">" that the tokenizer joins with what follows,
+    a tag or a new line, is left to the model: alone it is a token that no answer has there.
+    """
+    if chat.rstrip().endswith(OPENING):
+        begun = begun.removeprefix(OPENING)
+    ids = tokenizer(begun)["input_ids"]
+    longer = [tokenizer(begun + following)["input_ids"] for following in ("<", "\n")]
+    return begun if all(one[: len(ids)] == ids for one in longer) else begun[:-1]
+
+
+def encode_any(
+    model, processor, images: list, prompts: list[str], begun: Sequence[str] | None = None
+) -> tuple[dict, dict]:
+    """The batch as by `encode`, of any family, and what `model.generate` must know of its ends."""
+    if isinstance(processor, Processor):
+        stops = stop_ids(model, processor)
+        ends = {"eos_token_id": stops, "pad_token_id": stops[0]}
+        return encode(processor, images, prompts, begun=begun), ends
+    # Another family: its own processor, stop tokens and padding.
+    chats, form = [], {"add_generation_prompt": True}
+    for image, prompt in zip(images, prompts, strict=True):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+        chats.append([{"role": "user", "content": content}])
+    padding = {"padding": True, "padding_side": "left"}
+    with guarded(model.name_or_path, "its processor does not work"):
+        if begun and any(begun):
+            for i, text in enumerate(processor.apply_chat_template(chats, **form)):
+                chats[i][0]["begun"] = beginning(processor.tokenizer, text, begun[i])
+            template = processor.chat_template.removesuffix("\n")  # as Jinja does at an end
+            form["chat_template"] = template + "{{ messages[0].begun }}"
+        form |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return processor.apply_chat_template(chats, **form, processor_kwargs=padding), {}
 
 
 # ==== The trial, when a checkpoint is opened ====

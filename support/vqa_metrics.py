@@ -18,17 +18,7 @@ _DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS)} | {"none": "0"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # Written without some of its apostrophes, a contraction gets them back. Those that would then be
 # another word are left out (ill, its, well, were, wed, shed, hell, shell, id).
-_CONTRACTIONS = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
-    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's i'd've i'm i've
-    isn't it'd it'd've it'll let's ma'am might've mightn't mightn't've must've mustn't
-    needn't o'clock oughtn't shan't she'd've she's should've shouldn't shouldn't've
-    somebody'd somebody'll somebody's someone'd someone'll someone's something'd
-    something'll that'd that'll that's there'd there'd've there're there's they'd
-    they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's
-    who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd
-    you'd've you'll you're you've""".split()
+_CONTRACTIONS = Path(__file__).with_name("contractions.txt").read_text().split()
 _RESTORED = {}
 for _word in _CONTRACTIONS:
     for _marks in itertools.product(("'", ""), repeat=_word.count("'")):

@@ -28,9 +28,9 @@ FROM_ZERO = {
 POSITIVE = {"03_sft": "--epochs --lr", "04_grpo": "--temperature --lr"}
 FRACTIONS = {
     "01_make_dataset": "--min-box-fraction --test-fraction",
-    "02_zoom_augment": "--patch --border",
+    "02_zoom_augment": "--patch --border --jitter",
     "03_sft": "--warmup-ratio",
-    "04_grpo": "--clip",
+    "04_grpo": "--clip --warmup-ratio",
 }
 NON_NEGATIVE = {"02_zoom_augment": "--margin", "04_grpo": "--kl"}
 NO_NUMBER = ["nan", "inf", "-inf", "1e400", "x", "", "1,5", "0x10"]

@@ -1,5 +1,6 @@
 """Evaluation: statistics against values worked by hand, judges, model families, and 05 itself."""
 
+import copy
 import importlib
 import json
 import math
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -43,7 +45,9 @@ launch.server()
 evaluation = importlib.import_module("05_eval")
 CPU = torch.device("cpu")
 QUICK = "--limit 12 --batch-size 4 --max-new-tokens 40".split()
+
 FILES = set(evaluation.OUTPUTS)
+EMPTY = "<think></think>"
 
 
 # ==== Intervals ====
@@ -89,13 +93,21 @@ def row(model, mode, right, patient="p", label="Emphysema", **more):
     return evaluation.Diagnosis(**{**names, **scores, "text": "", **more})
 
 
+def paired(rows, names):
+    """The differences of these answers."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.model, row.kind].append(row)
+    return stats.paired_differences(groups, names)
+
+
 def test_paired_differences_are_of_the_same_items():
     """Two models that are right on the same half of the items differ by 0, whoever is drawn."""
     rows = [row("x/a", "direct", i % 2, str(i)) for i in range(100)]
     rows += [row("x/b", "direct", i % 2, str(i)) for i in range(100)]
     rows += [row("x/c", "direct", i % 4 != 0, str(i)) for i in range(100)]  # on 25 more of them
     names = {"x/a": "a", "x/b": "b", "x/c": "c"}
-    same, gain, other = evaluation.paired_differences(rows, [], names, ("direct",))
+    same, gain, other = paired(rows, names)
     ends = {"from": ["a", "direct"], "to": ["b", "direct"]}
     assert same == {**ends, "mean": 0, "interval_95": [0, 0]}
     assert (gain["from"], gain["to"]) == (["a", "direct"], ["c", "direct"])
@@ -108,7 +120,7 @@ def test_paired_differences_are_of_the_same_items():
 def test_think_is_compared_with_direct():
     rows = [row("a", "direct", i < 8, str(i)) for i in range(10)]
     rows += [row("a", "think", i < 5, str(i)) for i in range(10)]
-    (pair,) = evaluation.paired_differences(rows, [], {"a": "a"}, ("direct", "think"))
+    (pair,) = paired(rows, {"a": "a"})
     assert (pair["from"], pair["to"]) == (["a", "direct"], ["a", "think"])
     assert pair["mean"] == pytest.approx(-0.3)
 
@@ -132,6 +144,61 @@ def test_summary_by_hand():
     # An invalid answer follows from no reasoning.
     assert result["judge"]["consistency"] == pytest.approx(3 / 5)
     assert result["judge"]["right"] == pytest.approx(4 / 5)
+
+
+def test_donors_are_of_another_class_and_drawn_by_the_id_alone():
+    classes = [*rewards.CLASSES[:3], None]
+    rows = [row("a", "think", 1, id=f"item {i}", judged=classes[i % 4]) for i in range(80)]
+    donors = evaluation.donors(rows)
+    for one, donor in zip(rows, donors, strict=True):
+        assert (donor is None) == (one.judged is None)
+        assert donor is None or donor.judged not in (None, one.judged, one.predicted)
+    # All are drawn from, and not in step with the item.
+    given = Counter(donor.id for donor in donors if donor)
+    assert len(given) > 25 and max(given.values()) < 8
+    assert donors == evaluation.donors(rows)
+    # Another item's id changes its own donor alone.
+    rows[0].id = "another id"
+    assert evaluation.donors(rows)[1:] == donors[1:]
+
+
+@pytest.mark.parametrize("judged", [None, "Emphysema"])
+def test_no_donor_where_all_reasonings_are_alike(judged):
+    rows = [row("a", "think", 1, id=str(i), judged=judged) for i in range(4)]
+    assert evaluation.donors(rows) == [None] * 4
+
+
+def test_swapped_answers_by_hand():
+    a, b, c = rewards.CLASSES[:3]
+    #          predicted  donor's  swapped  empty  label
+    answers = [(a, b, b, a, a)]  # moved
+    answers += [(a, b, a, b, a)]  # stayed
+    answers += [(a, b, c, None, a)]  # neither
+    answers += [(None, b, None, b, b)]  # unreadable before and after: neither
+    answers += [(c, b, c, b, b)]  # stayed
+    answers += [(a, None, None, a, a)]  # no donor
+    lines = []
+    for i, (predicted, given, swapped, empty, label) in enumerate(answers):
+        line = {"id": str(i), "patient": str(i), "label": label, "predicted": predicted}
+        line |= {"donor": given and "x", "donor_class": given, "swapped": swapped}
+        lines.append(line | {"empty": empty})
+    result = evaluation.summarise_swap(lines)
+    assert result["n"] == 5
+    assert result["moved"] == pytest.approx(1 / 5)
+    assert result["stayed"] == pytest.approx(2 / 5)
+    assert result["accuracy_without"] == pytest.approx(4 / 6)
+    assert result["moved_interval_95"] is result["accuracy_without_interval_95"] is None
+    for i, line in enumerate(20 * lines):  # of 120 patients
+        lines.append(line | {"patient": f"more {i}"})
+    low, high = evaluation.summarise_swap(lines)["stayed_interval_95"]
+    assert low < 2 / 5 < high and (high - low) / 2 == pytest.approx(0.096, rel=0.2)
+
+
+def test_without_donors_nothing_is_said_of_moving():
+    line = {"patient": "p", "label": "Emphysema", "donor": None, "empty": "Emphysema"}
+    result = evaluation.summarise_swap([line])
+    assert result["n"] == 0 and result["accuracy_without"] == 1
+    assert result["moved"] is result["stayed"] is result["moved_interval_95"] is None
 
 
 def test_weighted_average_is_by_sample_count():
@@ -391,6 +458,78 @@ def test_families_answer_in_batches_as_alone(family, tmp_path, records):
         assert greedy(model, processor, image, prompt, 16) == text
 
 
+# ==== Answers that go on from a reasoning ====
+
+
+def test_own_reasoning_put_back_gives_the_own_answer(records, processor, model):
+    """The tokens are those that the model had sampled, up to a joint of two tags."""
+    images = pictures(records[:4])
+    prompts = [rewards.prompt(rewards.QUESTION, "think")] * 4
+    texts = evaluation.answer(model, processor, images, prompts, 40, CPU)
+    starts = [text.partition("</think>")[0] + "</think>" for text in texts]
+    assert all(map(rewards.predicted_class, texts)) and all(map(rewards.reasoning, starts))
+    rest = evaluation.answer(model, processor, images, prompts, 40, CPU, starts)
+    for text, start, end in zip(texts, starts, rest, strict=True):
+        assert end.startswith("><answer>") and start[:-1] + end == text
+
+
+@pytest.mark.parametrize(
+    "begun", ["<think>Faint band.</think>", EMPTY, "<think><|image_pad|></think>"]
+)
+def test_the_reasoning_stands_before_the_answer(begun, records, processor, model):
+    """As if written after the prompt by hand; what looks like a special token is plain text."""
+    image, prompt = pictures(records[:1]), rewards.prompt(rewards.QUESTION, "think")
+    plain, stops = vlm.encode(processor, image, [prompt]), vlm.stop_ids(model, processor)
+    start = begun[:-1]  # ">" is joined with "<"
+    more = torch.tensor([processor.tokenizer(start, split_special_tokens=True)["input_ids"]])
+    batch = {**plain, "input_ids": torch.cat([plain["input_ids"], more], 1)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    zeros = torch.zeros_like(more).int()
+    batch["mm_token_type_ids"] = torch.cat([plain["mm_token_type_ids"], zeros], 1)
+    found = vlm.encode(processor, image, [prompt], begun=[begun])
+    assert all(torch.equal(found[key], batch[key]) for key in plain)
+    ends = {"eos_token_id": stops, "pad_token_id": stops[0], "max_new_tokens": 12}
+    row = model.generate(**batch, **ends)[0, batch["input_ids"].shape[1] :]
+    text = vlm.decode(processor, row.tolist(), stops)
+    images, prompts = image + pictures(records[1:2]), [prompt, rewards.QUESTION]
+    texts = evaluation.answer(model, processor, images, prompts, 12, CPU, [begun, EMPTY])
+    assert texts[0] == text
+
+
+@pytest.mark.parametrize("chat", ["assistant\n", "assistant\n<think>\n"])
+@pytest.mark.parametrize("whole", [False, True])  # whether "</think>" is one token
+def test_the_reasoning_is_opened_once_and_closed(chat, whole, processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>"] if whole else [])
+    text = vlm.beginning(tokenizer, chat, "<think>A veil.</think>")
+    opening = "" if "<think>" in chat else "<think>"
+    assert text == f"{opening}A veil.</think" + (">" if whole else "")
+    assert vlm.beginning(tokenizer, chat, "") == ""
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_another_family_goes_on_from_a_reasoning(opened, tmp_path, records):
+    name = str(tiny_llava(tmp_path))
+    model, processor = vlm.load_model(name, CPU), vlm.any_processor(name)
+    if opened:
+        template = processor.chat_template
+        processor.chat_template = template.replace("assistant\\n'", "assistant\\n<think>\\n'")
+    images, starts = pictures(records[:2]), ["<think>A faint veil.</think>", EMPTY]
+    batch, _ = vlm.encode_any(model, processor, images, ["What?", "And this?"], starts)
+    plain, _ = vlm.encode_any(model, processor, images, ["What?", "And this?"], ["", ""])
+    texts = []
+    for ids in (batch["input_ids"], plain["input_ids"]):
+        pad = processor.tokenizer.pad_token
+        texts.append([text.replace(pad, "") for text in processor.batch_decode(ids)])
+    assert all(("<think>" in text) == opened for text in texts[1])
+    for text, before, start in zip(*texts, starts, strict=True):
+        assert text == before + start.removeprefix("<think>" if opened else "")[:-1]
+    together = evaluation.answer(model, processor, images, ["What?", "And this?"], 6, CPU, starts)
+    for i, text in enumerate(together):
+        one = [images[i]], [["What?", "And this?"][i]], 6, CPU, [starts[i]]
+        assert evaluation.answer(model, processor, *one) == [text]
+
+
 # ==== The script ====
 
 
@@ -440,7 +579,8 @@ def flags(data, sft, tmp_path_factory):
     line = {"image": "a.png", "question": "What does it say?", "answers": 10 * ["stop"]}
     write_lines(texts, line)
     models = ["--data", data, "--model", vlm.TINY, sft]
-    return [*models, "--chartqa", charts, "--textvqa", texts, *QUICK]
+    more = ["--chartqa", charts, "--textvqa", texts, "--swap-thinking"]
+    return [*models, *more, *QUICK]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -470,7 +610,7 @@ def test_predictions_are_right(results):
     rows = read_log(results[0] / "predictions.jsonl")
     assert list(metrics["models"]) == ["tiny-qwen2.5-vl", "sft"] and len(rows) == 2 * 2 * 12
     for row in rows:
-        parts = rewards.reward(row["text"], row["label"])
+        parts = rewards.reward(row["text"], row["label"], mode=row["mode"])
         for key in ("format", "validity", "correctness", "predicted"):
             assert row[key] == getattr(parts, key)
         assert ("judged" in row) == (row["mode"] == "think")
@@ -482,6 +622,8 @@ def test_predictions_are_right(results):
             right = sum(rewards.predicted_class(row["text"]) == row["label"] for row in answers)
             assert m["n"] == len(answers) == 12 == sum(map(sum, m["confusion"]))
             assert m["accuracy"] == pytest.approx(right / 12)
+            asked = [rewards.format_reward(row["text"], mode) for row in answers]
+            assert m["format"] == pytest.approx(np.mean(asked))
             assert m["interval_95"] is None  # five patients are too few
 
 
@@ -499,6 +641,33 @@ def test_general_skill_is_right(results):
     assert base["modes"]["think"]["judge"]["coverage"] > 0.9
 
 
+def test_swapped_lines_are_right(results):
+    """Beside the answers of predictions.jsonl."""
+    out = results[0]
+    metrics = json.loads((out / "metrics.json").read_text())
+    lines, thought = read_log(out / "swapped.jsonl"), {}
+    for answer in read_log(out / "predictions.jsonl"):
+        if answer["mode"] == "think":
+            thought[answer["model"], answer["id"]] = answer
+    assert [(line["model"], line["id"]) for line in lines] == list(thought)
+    keys = "model id patient label predicted judged donor donor_class swapped empty".split()
+    for line in lines:
+        assert list(line) == keys
+        own = thought[line["model"], line["id"]]
+        assert all(line[key] == own[key] for key in keys[:6])
+        # With the own answer's class a model that always answers alike would seem to move.
+        classes = {other["judged"] for other in lines if other["model"] == line["model"]}
+        classes -= {None, line["judged"], line["predicted"]}
+        assert (line["donor"] is None) == (line["judged"] is None or not classes)
+        if line["donor"]:
+            assert thought[line["model"], line["donor"]]["judged"] == line["donor_class"]
+            assert line["donor_class"] in classes
+    for name, model in metrics["models"].items():
+        of_model = [line for line in lines if line["model"].endswith(name)]
+        assert model["swap_thinking"] == evaluation.summarise_swap(of_model)
+    assert metrics["models"]["tiny-qwen2.5-vl"]["swap_thinking"]["n"] > 6
+
+
 def test_tables_and_figures_show_the_metrics(results, flags):
     out = results[0]
     metrics = json.loads((out / "metrics.json").read_text())
@@ -513,6 +682,13 @@ def test_tables_and_figures_show_the_metrics(results, flags):
     think |= {"interval_95": [0.25, 0.75], "macro_interval_95": [0, 1]}
     shown = f"{100 * think['accuracy']:.1f} (25.0 to 75.0) | {100 * think['macro_accuracy']:.1f} "
     assert shown + "(0.0 to 100.0)" in tables.markdown(tables.tables(metrics))
+    swap = metrics["models"]["tiny-qwen2.5-vl"]["swap_thinking"]
+    swap |= {"moved_interval_95": [0.125, 0.5]}
+    assert "**Does the answer follow the reasoning?**" in table
+    shown = f"| tiny-qwen2.5-vl | {100 * swap['moved']:.1f} (12.5 to 50.0) | "
+    shown += f"{100 * swap['stayed']:.1f} | {100 * swap['accuracy_without']:.1f} | {swap['n']} |"
+    assert shown in tables.markdown(tables.tables(metrics))
+    assert "Does the answer follow the reasoning?" in (out / "report.html").read_text()
     header = "| model | attribute questions % (n = 12) | depth % | shape % | side % | texture % | "
     header += "ChartQA % (n = 2) | augmented % | human % | TextVQA % (n = 1) | weighted average % |"
     assert header in table
@@ -532,7 +708,7 @@ def test_two_ranks_give_the_same_bytes(results, flags, tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_bytes(results, flags, tmp_path):
     out, kept = tmp_path / "e", {}
-    for batches in (1, 5, 9):  # of 2 x (3 + 3 + 3 + 1 + 1)
+    for batches in (1, 5, 9):  # of 2 x (3 + 3 + 3 + 1 + 1) and the swaps
         process = launch.start("05_eval", *flags, "--out", out)
         while len(list(out.glob(".work/*/*/[!.]*.json"))) < batches:
             assert process.poll() is None, process.stderr
@@ -551,8 +727,9 @@ def test_killed_and_started_again_gives_the_same_bytes(results, flags, tmp_path)
 def test_other_settings_are_refused(results, flags, sft, data, tmp_path):
     out = shutil.copytree(results[0], tmp_path / "e")
     before = read(out)
-    message = complaint(*flags, "--think", "no", "--out", out)
-    assert "made with other settings (--think was both and is no now)" in message
+    plain = [flag for flag in flags if flag != "--swap-thinking"]
+    message = complaint(*flags, "--think", "yes", "--out", out)
+    assert "made with other settings (--think was both and is yes now)" in message
     assert str(out) in message and "--overwrite" in message
     # In the other order each model would get the other's answers.
     rest = flags[flags.index("--chartqa") :]
@@ -565,7 +742,9 @@ def test_other_settings_are_refused(results, flags, sft, data, tmp_path):
     message = complaint("--data", other, *flags[2:], "--out", out)
     assert "made with other settings (--data was" in message
     assert read(out) == before
-    main(*flags, "--think", "no", "--out", out, "--overwrite")
+    assert "made with other settings (--swap-thinking was" in complaint(*plain, "--out", out)
+    main(*plain, "--think", "no", "--out", out, "--overwrite")
+    assert not (out / "swapped.jsonl").exists()
     assert {row["mode"] for row in read_log(out / "predictions.jsonl")} == {"direct"}
 
 
@@ -612,7 +791,16 @@ def test_bad_input_is_one_line(data, tmp_path, extra, words):
     assert not (tmp_path / "e").exists()
 
 
-def test_a_checkpoint_named_twice_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([vlm.TINY], "names a checkpoint twice"),
+        (["--swap-thinking", "--think", "no"], "--swap-thinking needs reasoning to swap"),
+        (["--swap-thinking", "--image", "a.png"], "--image goes without --swap-thinking"),
+        (["--tensor-parallel", "--image", "a.png"], "--image goes without --swap-thinking and"),
+    ],
+)
+def test_flags_that_contradict_are_refused(given, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        main("--model", vlm.TINY, vlm.TINY)
-    assert stop.value.code == 2 and "twice" in capsys.readouterr().err.splitlines()[-1]
+        main("--model", vlm.TINY, *given)
+    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]

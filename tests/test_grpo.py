@@ -6,6 +6,7 @@ Its sampler is held to the model's own distribution, its packed scoring to the p
 import copy
 import importlib
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import rewards
+from benchmarks import kill_resume
 from support import engine, vlm
+from support.log import read_log
 from support.records import pictures
 
 grpo = importlib.import_module("04_grpo")
@@ -287,3 +290,79 @@ def test_the_loop_runs_a_frozen_tower_once_a_step(data, tmp_path, monkeypatch):
     flags += "--steps 2 --prompts-per-step 4 --micro-batch 2 --inner-epochs 2".split()
     grpo.main([*flags, "--max-new-tokens", "4"])
     assert len(calls) == 1 + 2  # in the trial, and once a step
+
+
+# ==== The schedule and the prompt ====
+
+
+def test_defaults_are_a_constant_rate_and_the_think_prompt(monkeypatch):
+    monkeypatch.setattr(vlm, "is_demo", lambda name: False)
+    args = grpo.parse_args([])
+    assert (args.prompt, args.warmup_ratio, args.schedule) == ("think", 0, "constant")
+    assert (args.lr, args.steps) == (1e-6, 1500)
+
+
+@pytest.mark.parametrize(("mode", "form"), [("think", 0.0), ("direct", 1.0)])
+def test_the_format_is_that_of_the_prompt(processor, records, roll, model, monkeypatch, mode, form):
+    monkeypatch.setattr(vlm, "decode", lambda *_: rewards.target(rewards.CLASSES[0]))
+    args = grpo.parse_args(["--model", str(vlm.TINY), "--prompt", mode])
+    stops = vlm.stop_ids(model, processor)
+    for group in grpo.score_samples(1, records[:3], roll, processor, stops, args):
+        for sample in group:
+            right = sample.label == rewards.CLASSES[0]
+            assert (sample.format, sample.validity, sample.correctness) == (form, 1.0, right)
+            assert sample.reward == form + 1 + 2 * right
+
+
+@pytest.fixture
+def scheduled(data, tmp_path, monkeypatch):
+    """Runs 04 with a schedule and the direct prompt; gives what it asked and its updates' rates."""
+    asked, rates = set(), []
+    prompt, step = rewards.prompt, torch.optim.AdamW.step
+
+    def noted_prompt(question, mode):
+        asked.add(mode)
+        return prompt(question, mode)
+
+    def noted_step(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(rewards, "prompt", noted_prompt)
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted_step)
+    monkeypatch.setattr(grpo, "plot_curves", lambda *_: None)
+
+    def start(out, *flags):
+        asked.clear()
+        rates.clear()
+        given = "--steps 4 --prompts-per-step 2 --micro-batch 2 --max-new-tokens 8 --lr 1e-3"
+        given += " --inner-epochs 2 --save-every 2 --prompt direct"
+        given += " --warmup-ratio 0.5 --schedule cosine"
+        paths = ["--data", str(data), "--model", str(vlm.TINY), "--out", str(tmp_path / out)]
+        grpo.main([*paths, *given.split(), *flags])
+        return tmp_path / out, set(asked), list(rates)
+
+    return start
+
+
+def test_scheduled_and_resumed_equals_uninterrupted(scheduled):
+    """Both updates of a step have its rate; only the direct prompt is asked."""
+    out, asked, rates = scheduled("whole")
+    assert asked == {"direct"}
+    assert rates == pytest.approx([5e-4] * 2 + [1e-3] * 4 + [5e-4] * 2)
+    assert [row["lr"] for row in read_log(out / "metrics.jsonl")] == rates[::2]
+    for row in read_log(out / "rollouts.jsonl"):
+        assert row["format"] == rewards.format_reward(row["text"], "direct")
+    part = shutil.copytree(out, out.with_name("part"))
+    shutil.rmtree(part / "checkpoint-000004")
+    _, _, rest = scheduled("part", "--resume")
+    assert rest == rates[4:]
+    assert kill_resume.results(part) == kill_resume.results(out)
+    for flag, value, was in (
+        ("--schedule", "constant", "cosine"),
+        ("--warmup-ratio", "0.25", "0.5"),
+        ("--prompt", "think", "direct"),
+        ("--steps", "6", "4"),  # under a schedule the rate of each step depends on it
+    ):
+        with pytest.raises(SystemExit, match=f"{flag} was {was} and is {value} now"):
+            scheduled("part", "--resume", flag, value)

@@ -24,7 +24,8 @@ launch.server()
 CPU = torch.device("cpu")
 TRAIN = {
     "03_sft": "--max-steps 2 --batch-size 2 --save-every 1",
-    "04_grpo": "--steps 2 --prompts-per-step 1 --group-size 2 --max-new-tokens 2 --save-every 1",
+    "04_grpo": "--steps 2 --prompts-per-step 1 --group-size 2 --max-new-tokens 2 --save-every 1 "
+    "--schedule constant --warmup-ratio 0",  # so that --steps may change
 }
 BOTH = pytest.mark.parametrize("script", TRAIN)
 

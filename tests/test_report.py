@@ -170,7 +170,7 @@ def parts(tmp_path):
     Image.new("RGB", (90, 60), "white").save(tmp_path / "confusion.png")
     rows = [["model", "accuracy % (95 % interval)", "invalid %"]]
     rows += [["sft", "48.5 (44.1 to 52.9)", "0.2"]]
-    figures = [("Confusion matrix", tmp_path / "confusion.png")]
+    figures = {"Confusion matrix": tmp_path / "confusion.png"}
     parts = {"title": "Evaluation", "tables": [("Table 1", "n = 40", rows)], "figures": figures}
     return {**parts, "cases": make_cases(tmp_path)}
 
@@ -252,7 +252,7 @@ def test_what_models_write_stays_text(browser, parts, tmp_path):
     title = HOSTILE.replace("\ud800", "").replace("\0", "")  # which no HTML file can hold
     parts["title"] = title
     parts["tables"] = [(HOSTILE, HOSTILE, [["model", HOSTILE], [HOSTILE, "1.0"]])]
-    parts["figures"] = [(HOSTILE, parts["figures"][0][1])]
+    parts["figures"] = {HOSTILE: parts["figures"]["Confusion matrix"]}
     parts["cases"] = [hostile, hostile | {"predicted": None, "correctness": 0.0}]
     path = tmp_path / "report.html"
     write_report(path, **parts)
@@ -341,7 +341,7 @@ def test_what_cannot_be_read_is_named_and_no_page_is_left(parts, tmp_path, fault
         named = parts["cases"][60]["image"]
         named.write_bytes(b"no picture")
     else:
-        named = parts["figures"][0][1]
+        named = parts["figures"]["Confusion matrix"]
         named.unlink()
     with pytest.raises(BadInput, match=re.escape(str(named))):
         write_report(tmp_path / "out" / "report.html", **parts)

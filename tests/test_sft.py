@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from support import checkpoint, vlm
+from support.log import read_log
 from support.records import batch_indices
+from support.stage import lr_factor
 
 sft = importlib.import_module("03_sft")
 ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
@@ -120,10 +122,26 @@ def test_order_covers_every_epoch_and_is_reshuffled():
 
 
 def test_schedule_by_hand():
-    factors = [sft.warmup_cosine(step, 20, 0.1) for step in range(20)]
+    factors = [lr_factor(step, 20, 0.1, "cosine") for step in range(20)]
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert factors[11] == pytest.approx(0.5)
     assert factors[19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 17 / 18)))
+    assert factors[2:] == sorted(factors[2:], reverse=True) and factors[19] > 0
+    assert [lr_factor(step, 20, 0.1, "constant") for step in range(20)] == [0.5] + [1.0] * 19
+    assert [lr_factor(step, 3, 0, "constant") for step in range(3)] == [1.0] * 3
+    assert lr_factor(20, 20, 0.1, "cosine") == pytest.approx(0)  # what the last step stops short of
+    warm = [0.25, 0.5, 0.75, 1.0]
+    for schedule in ("constant", "cosine"):
+        assert [lr_factor(step, 4, 1, schedule) for step in range(4)] == warm  # nothing but warm-up
+        assert lr_factor(0, 1, 0, schedule) == 1.0
+
+
+def test_learning_rates_of_a_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "plot_curves", lambda *_: None)
+    flags = "--max-steps 4 --batch-size 2 --warmup-ratio 0.5 --lr 1e-3 --train merger"
+    sft.main(["--data", str(data), "--out", str(tmp_path), *flags.split()])
+    rates = [row["lr"] for row in read_log(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
 
 
 def test_checkpoint_round_trip_and_pickles_are_refused(model, processor, world, tmp_path):

@@ -1,8 +1,10 @@
-"""Stage 02: every pixel of the augmented picture in both arms, awkward boxes, the twin folder,
-one picture, restart, bad input."""
+"""Stage 02: every pixel of the augmented picture in both arms, awkward and wrong boxes, the patch's
+corner and statistics, the twin folder, one picture, restart, bad input."""
 
 import importlib
+import itertools
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 
 from support import files, records
 from support.files import BadInput, open_picture, write_atomic
-from support.records import read_records
+from support.records import load_split, read_records
 from tests import ct_fixtures as ct
 from tests import launch
 
@@ -163,6 +165,163 @@ def test_a_patch_too_small_to_see_is_refused():
         stage.augment(noise(), [60, 60, 70, 70], patch=0.05)
 
 
+# ==== A wrong box ====
+
+
+def random_box(generator: random.Random, side: int) -> list[int]:
+    """A box that 01 would keep on a slice of `side` px, at its edge as often as not."""
+    while True:
+        width, height = generator.randint(1, side), generator.randint(1, side)
+        if width * height > 1300 / 512**2 * side**2:
+            break
+    x = generator.choice([0, side - width, generator.randint(0, side - width)])
+    y = generator.choice([0, side - height, generator.randint(0, side - height)])
+    return [x, y, x + width, y + height]
+
+
+def iou_by_pixels(a: list[int], b: list[int]) -> float:
+    masks = np.zeros((2, 520, 520), bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, (a, b), strict=True):
+        mask[y0:y1, x0:x1] = True
+    return (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
+
+
+@pytest.mark.parametrize("side", [140, 512])
+@pytest.mark.parametrize("iou", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_jittered_box_has_the_iou(side, iou):
+    tolerance = 0.005 if side == 512 else 0.01 if iou <= 0.7 else 0.03
+    generator, drawn = random.Random(side), []
+    for i in range(60):
+        box = random_box(generator, side)
+        drawn.append((box, stage.jitter_box((side, side), box, iou, f"slice_{i}")))
+    for box, other in drawn:
+        assert 0 <= other[0] < other[2] <= side and 0 <= other[1] < other[3] <= side
+        assert abs(iou_by_pixels(box, other) - iou) <= tolerance
+    # Both are random: some are larger, some smaller, and they go both ways.
+    assert len({stage.area(other) > stage.area(box) for box, other in drawn}) == 2
+    assert len({other[0] + other[2] > box[0] + box[2] for box, other in drawn}) == 2
+    assert len({other[1] + other[3] > box[1] + box[3] for box, other in drawn}) == 2
+
+
+@pytest.mark.parametrize("box", [[2, 2, 3, 3], [0, 0, 2, 2], [1, 0, 4, 3], [4, 1, 5, 4]])
+def test_a_box_of_few_pixels_comes_about_as_near_as_they_allow(box):
+    every = []
+    for x0, y0, x1, y1 in itertools.product(range(6), repeat=4):
+        if x0 < x1 and y0 < y1:
+            every.append([x0, y0, x1, y1])
+    reachable = [stage.intersection_over_union(box, other) for other in every]
+    for iou in (0.2, 0.5, 0.7, 0.9):
+        drawn = stage.jitter_box((5, 5), box, iou, "x")
+        assert drawn in every
+        error = abs(iou_by_pixels(box, drawn) - iou)
+        assert error <= min(abs(other - iou) for other in reachable) + 0.035
+
+
+@pytest.mark.parametrize("side", [140, 512])
+def test_iou_1_is_the_box_and_0_one_of_its_size_that_does_not_touch_it(side):
+    generator, places = random.Random(side), set()
+    for i in range(200):
+        box = random_box(generator, side)
+        assert stage.jitter_box((side, side), box, 1, f"{i}") == box
+        width, height = box[2] - box[0], box[3] - box[1]
+        gaps = [box[0] - 1, side - box[2] - 1, box[1] - 1, side - box[3] - 1]
+        if max(gaps) < 1:
+            continue  # it fills the slice
+        drawn = stage.jitter_box((side, side), box, 0, f"{i}")
+        assert 0 <= drawn[0] < drawn[2] <= side and 0 <= drawn[1] < drawn[3] <= side
+        wider = [box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1]
+        assert stage.shared_area(wider, drawn) == 0
+        sizes = drawn[2] - drawn[0], drawn[3] - drawn[1]
+        room = max(gaps[:2]) >= width or max(gaps[2:]) >= height
+        assert (sizes == (width, height)) == room
+        assert sizes[0] <= width and sizes[1] <= height
+        places.add((drawn[0] > box[0], drawn[1] > box[1]))
+    assert len(places) == 4
+
+
+def test_a_box_that_leaves_no_room_beside_it():
+    beside = stage.box_beside
+    drawn = beside((140, 140), [0, 0, 140, 99], random.Random(0))
+    assert (drawn[1], drawn[2] - drawn[0], drawn[3]) == (100, 56, 140)  # 140 x 99 times 40 / 99
+    for box in ([0, 0, 140, 140], [1, 1, 139, 139]):
+        with pytest.raises(BadInput, match="leaves no room beside it"):
+            beside((140, 140), box, random.Random(0))
+
+
+# ==== The patch's corner ====
+
+
+@pytest.mark.parametrize(
+    ("box", "place"),
+    [
+        ([80, 70, 108, 92], "upper left"),
+        ([20, 70, 48, 92], "upper right"),
+        ([80, 20, 108, 42], "lower left"),
+        ([20, 20, 48, 42], "lower right"),
+        ([60, 60, 80, 80], "upper left"),  # the centre, four ties
+        ([60, 20, 80, 40], "lower left"),  # two ties
+        ([0, 60, 100, 138], "upper right"),  # the left ones are nearer or hide more of it
+        ([0, 0, 140, 140], "upper left"),
+        ([0, 0, 85, 140], "upper right"),
+        ([30, 30, 140, 85], "lower left"),  # the upper right is hidden, the others hide less
+    ],
+)
+def test_the_corner_by_hand(box, place):
+    corners = {"upper left": (0, 0), "upper right": (84, 0)}
+    corners |= {"lower left": (0, 84), "lower right": (84, 84)}
+    x, y = corners[place]
+    assert stage.patch_square((140, 140), box, 56, "auto") == (x, y, x + 56, y + 56)
+    assert stage.patch_square((140, 140), box, 56, "upper-left") == (0, 0, 56, 56)
+    result = np.array(stage.augment(noise(), box, patch_corner="auto"))
+    expected = np.array(stage.augment(noise(), box, patch=0))
+    patch = np.array(stage.zoom_patch(noise(), box, 56, 0.25, 0.03))
+    expected[y : y + 56, x : x + 56] = patch
+    expected[red_outline((140, 140), box, 1)] = RED
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_the_far_corner_hides_no_lesion_where_that_can_be():
+    generator, hidden = random.Random(0), 0
+    for _ in range(300):
+        size = generator.randint(100, 200), generator.randint(100, 200)
+        box = random_box(generator, 100)
+        side = stage.patch_side(size, 0.4)
+        shares = []
+        for y in (0, size[1] - side):
+            for x in (0, size[0] - side):
+                shares.append(stage.shared_area((x, y, x + side, y + side), box))
+        square = stage.patch_square(size, box, side, "auto")
+        assert stage.shared_area(square, box) == min(shares)
+        hidden += shares[0] > 0 == min(shares)
+    assert hidden > 100  # lesions that the paper's corner hides
+
+
+# ==== Statistics ====
+
+
+def test_magnification_and_cover_by_hand():
+    zoom = {"patch": 0.4, "margin": 0.25, "border": 0.03}  # 56 px with 52 px in the border
+    figures = stage.patch_figures
+    assert figures((140, 140), [90, 60, 110, 80], zoom) == (52 / 30, 0)
+    assert figures((140, 140), [50, 40, 60, 60], zoom) == (52 / 30, 6 * 16 / 200)
+    assert figures((140, 140), [0, 0, 140, 140], zoom) == (52 / 140, 56 * 56 / 140**2)
+    auto = {**zoom, "patch_corner": "auto"}
+    assert figures((140, 140), [50, 40, 60, 60], auto) == (52 / 30, 0)
+
+
+def test_statistics_by_hand():
+    figures = [(3.0, 0.0), (0.5, 0.5), (1.0, 0.75), (0.99994, 0.0), (2.0, 0.01)]
+    magnification = {"min": 0.5, "lower_quartile": 0.9999, "median": 1.0}
+    magnification |= {"upper_quartile": 2.0, "max": 3.0}
+    expected = {"magnification": magnification, "shrunk": 0.4}
+    expected |= {"box_touched": 0.6, "box_half_hidden": 0.2}
+    assert stage.patch_statistics(figures) == expected
+    assert stage.patch_statistics(figures[::-1]) == expected
+    one = stage.patch_statistics([(0.7, 0.6)])
+    assert set(one["magnification"].values()) == {0.7}
+    assert (one["shrunk"], one["box_touched"], one["box_half_hidden"]) == (1, 1, 1)
+
+
 # ==== The folder ====
 
 
@@ -216,17 +375,94 @@ def test_the_twin_folder(data, tmp_path, flags):
     info = json.loads((out / "dataset_info.json").read_text())
     before = json.loads((data / "dataset_info.json").read_text())
     zoom = {"patch": 0 if flags else 0.4, "margin": 0.25, "border": 0.03}
-    assert info == {**before, "stage": "02", "zoom": zoom}
+    expected = {**before, "stage": "02", "zoom": zoom}
+    if not flags:  # 14 px show a crop of 27 or 12 px; both boxes lie beside the patch
+        low, high = round(14 / 27, 4), round(14 / 12, 4)
+        magnification = {"min": low, "lower_quartile": low, "median": low}
+        magnification |= {"upper_quartile": high, "max": high}
+        shares = {"shrunk": 0.5, "box_touched": 0, "box_half_hidden": 0}
+        expected["patch_statistics"] = {"magnification": magnification, **shares}
+    assert info == records.dataset_info(out) == expected
+    # A folder drawn before there were other flags goes on.
+    settings = json.loads((out / ".work" / "settings.json").read_text())
+    assert set(settings) == {"script", "patch", "margin", "border", "source_sha256"}
 
 
 def test_overview(data, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "draw_overview", DRAW)
-    path = augmented(data, tmp_path / "out") / "overview.png"
+    path = augmented(data, tmp_path / "out", "--whole") / "overview.png"
     with Image.open(path) as overview:
         assert overview.size == (1600, 500)
     first = path.read_bytes()
-    augmented(data, tmp_path / "out")
+    augmented(data, tmp_path / "out", "--whole")
     assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("flags", ["--jitter 0.5 --patch-corner auto", "--jitter 0", "--jitter 1"])
+def test_a_folder_of_jittered_boxes(data, tmp_path, flags):
+    out = augmented(data, tmp_path / "out", *flags.split())
+    iou = float(flags.split()[1])
+    corner = "auto" if "auto" in flags else "upper-left"
+    for split in ("train", "test"):
+        load_split(out, split)  # as 03 to 05 read it
+        for before, after in zip(
+            ct.read_lines(data, split), ct.read_lines(out, split), strict=True
+        ):
+            box = after.pop("drawn_box", after["box"])
+            name = f"images/{before['id']}.png"
+            assert after == {**before, "file_name": name, "patch": 16}  # the true box stays
+            assert abs(iou_by_pixels(before["box"], box) - iou) <= 0.01
+            clean = Image.open(data / split / before["file_name"])
+            expected = stage.augment(clean, box, patch_corner=corner)
+            drawn = np.array(Image.open(out / split / name))
+            np.testing.assert_array_equal(drawn, np.array(expected))
+    info = records.dataset_info(out)
+    zoom = {"patch": 0.4, "margin": 0.25, "border": 0.03, "jitter": iou}
+    assert info["zoom"] == (zoom if corner == "upper-left" else zoom | {"patch_corner": "auto"})
+    if iou == 1:
+        plain = augmented(data, tmp_path / "plain")
+        for path in pictures_of(out):
+            assert path.read_bytes() == (plain / path.relative_to(out)).read_bytes()
+
+
+def test_a_record_is_jittered_alike_wherever_it_stands(data, tmp_path):
+    rows = read_records(data, "train")
+    zoom, wrong = {"patch": 0.4, "margin": 0.25, "border": 0.03}, {"jitter": 0.5}
+    drawn = {}
+    for record, figures in stage.draw_records(rows, tmp_path / "all", zoom, wrong):
+        drawn[record["id"]] = record, figures
+    assert len({tuple(record["drawn_box"]) for record, _ in drawn.values()}) > 6  # 2 true ones
+    for row in rows[::-3]:
+        (alone,) = stage.draw_records([row], tmp_path / "alone", zoom, wrong)
+        assert alone == drawn[row["id"]]
+    box = stage.jitter_box((140, 140), [20, 30, 60, 80], 0.5, "slice")
+    assert box == [24, 33, 74, 94]  # on every machine
+
+
+def test_the_whole_slice_by_hand(data, tmp_path):
+    out = augmented(data, tmp_path / "out", "--whole")
+    record = read_records(out, "test")[0]
+    assert record["drawn_box"] == [0, 0, 40, 48] != record["box"]
+    clean = open_picture(read_records(data, "test")[0]["image"])
+    expected = np.array(clean.convert("RGB"))
+    square = Image.new("RGB", (48, 48))  # black on the left and right
+    square.paste(clean, (4, 0))
+    expected[:16, :16] = GREEN
+    expected[1:15, 1:15] = np.array(square.resize((14, 14), Image.Resampling.BICUBIC))
+    expected[[0, -1]] = expected[:, [0, -1]] = RED
+    np.testing.assert_array_equal(np.array(open_picture(record["image"])), expected)
+    info = records.dataset_info(out)
+    assert info["zoom"] == {"patch": 0.4, "margin": 0.25, "border": 0.03, "whole": True}
+    statistics = info["patch_statistics"]
+    assert set(statistics.pop("magnification").values()) == {round(14 / 48, 4)}
+    assert statistics == {"shrunk": 1, "box_touched": 1, "box_half_hidden": 0}
+
+
+@pytest.mark.parametrize("wrong", [{}, {"jitter": 0.5}, {"jitter": 0}, {"whole": True}])
+def test_no_flag_makes_a_box_beside_the_picture_right(wrong):
+    for box in ([0, 0, 41, 10], [50, 50, 60, 60]):
+        with pytest.raises(BadInput, match="does not lie in the picture of 40 x 48 px"):
+            stage.box_to_draw((40, 48), {"id": "x", "box": box}, wrong)
 
 
 def test_two_findings_on_one_slice_are_two_pictures(data, tmp_path):
@@ -241,9 +477,10 @@ def test_two_findings_on_one_slice_are_two_pictures(data, tmp_path):
 
 
 def test_two_workers_an_interruption_and_a_second_run_change_no_byte(data, tmp_path, monkeypatch):
-    whole = ct.tree(augmented(data, tmp_path / "whole"))
+    jitter = ("--jitter", "0.5")  # chance, too, is the same
+    whole = ct.tree(augmented(data, tmp_path / "whole", *jitter))
     monkeypatch.setattr(stage, "CHUNK", 4)
-    assert ct.tree(augmented(data, tmp_path / "two", "--workers", "2")) == whole
+    assert ct.tree(augmented(data, tmp_path / "two", "--workers", "2", *jitter)) == whole
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -255,11 +492,11 @@ def test_two_workers_an_interruption_and_a_second_run_change_no_byte(data, tmp_p
             for module in (stage, files, records):
                 patch.setattr(module, "write_atomic", torn)
             with pytest.raises(SystemExit) as stop:
-                augmented(data, out)
+                augmented(data, out, *jitter)
         assert stop.value.code == 130
         images = ct.times(pictures_of(out))
         assert len(images) == min(max(writes - 1, 0), 18)
-        assert ct.tree(augmented(data, out)) == whole
+        assert ct.tree(augmented(data, out, *jitter)) == whole
         assert images == ct.times(images)
 
 
@@ -304,6 +541,7 @@ def test_other_settings_other_data_and_strange_folders_are_refused(data, tmp_pat
     out = augmented(data, tmp_path / "out")
     before = ct.tree(out)
     changes = {"--margin 0.5": "margin", "--no-patch": "patch", "--border 0.1": "border"}
+    changes |= {"--jitter 0": "jitter", "--whole": "whole", "--patch-corner auto": "patch-corner"}
     for flags, words in changes.items():
         with pytest.raises(SystemExit, match=f"other settings .--{words} was"):
             augmented(data, out, *flags.split())
@@ -379,6 +617,10 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(data, tmp_path):
         ["--margin", "-1"],
         ["--border", "0.5"],
         ["--workers", "-1"],
+        ["--jitter", "1.1"],
+        ["--jitter", "nan"],
+        ["--jitter", "0.5", "--whole"],
+        ["--patch-corner", "left"],
     ],
 )
 def test_flags_that_make_no_sense(flags, capsys):
@@ -391,6 +633,9 @@ def test_default_folders():
     assert stage.parse_args([]).out == Path("data/ct_rate_vqa_zoom")
     assert stage.parse_args(["--no-patch"]).out == Path("data/ct_rate_vqa_nopatch")
     assert stage.parse_args(["--no-patch", "--out", "x"]).out == Path("x")
+    assert stage.parse_args(["--whole"]).out == Path("data/ct_rate_vqa_zoom_whole")
+    jitter = stage.parse_args(["--jitter", "0", "--no-patch"])
+    assert jitter.out == Path("data/ct_rate_vqa_nopatch_jitter_0")
 
 
 def test_end_to_end_by_python(folder_by_python):
@@ -406,7 +651,7 @@ def test_end_to_end_by_python(folder_by_python):
 # ==== One picture ====
 
 
-@pytest.mark.parametrize("flags", ["", "--no-patch", "--patch 0.5 --margin 1 --border 0.1"])
+@pytest.mark.parametrize("flags", ["", "--no-patch", "--patch 0.5 --margin 1 --patch-corner auto"])
 def test_one_picture_is_drawn_as_in_the_folder(data, tmp_path, flags):
     out = augmented(data, tmp_path / "out", *flags.split())
     before, after = read_records(data, "train")[5], read_records(out, "train")[5]
@@ -457,6 +702,8 @@ def test_one_picture_that_cannot_be_read_or_replaced_is_one_line(tmp_path):
         "--image x.png --box 1 2 3 --out y.png",
         "--image x.png --box -1 2 3 4 --out y.png",
         "--image x.png --box 1 2 3 4 --out y.png --data z",
+        "--image x.png --box 1 2 3 4 --out y.png --jitter 0",
+        "--image x.png --box 1 2 3 4 --out y.png --whole",
     ],
 )
 def test_flags_of_one_picture_go_together(flags, capsys):
