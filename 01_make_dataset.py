@@ -62,7 +62,7 @@ from support.files import (
 )
 from support.log import save_figure
 from support.nifti import Nifti, picture_planes, read_header, read_slabs
-from support.records import OUTPUTS, write_records
+from support.records import OUTPUTS, area, write_records
 from support.rexgroundingct import Case, ct_rate_path, fault, find_ct, finding_axis, read_cases
 from support.stage import bounded, finite, fraction, natural, parallel, positive_int
 
@@ -134,11 +134,6 @@ def to_picture_axes(affine: np.ndarray) -> np.ndarray:
     if np.isnan(axes).any():  # nibabel cannot place an axis
         raise BadInput("the affine is not finite or is singular: the orientation is unknown")
     return nib.orientations.ornt_transform(axes, nib.orientations.axcodes2ornt(("S", "P", "L")))
-
-
-def area(box: list[int]) -> int:
-    """Of the box [x0, y0, x1, y1], in px."""
-    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def find_boxes(lesion: np.ndarray, min_area: float, left: int = 0, top: int = 0) -> list[list[int]]:

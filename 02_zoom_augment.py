@@ -62,7 +62,7 @@ from support.files import (
     write_atomic,
 )
 from support.log import save_figure
-from support.records import OUTPUTS, SPLITS, dataset_info, read_records, write_records
+from support.records import OUTPUTS, SPLITS, area, dataset_info, read_records, write_records
 from support.stage import fraction, natural, non_negative, parallel
 
 CHUNK = 64  # records per job: large enough that handing jobs to the workers costs nothing
@@ -79,11 +79,6 @@ def check_box(size: tuple[int, int], box: list[int]) -> None:
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise BadInput(f"the box {list(box)} does not lie in the picture of {width} x {height} px")
-
-
-def area(box: list[int]) -> int:
-    """The area of a box, px."""
-    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def shared_area(a: list[int], b: list[int]) -> int:

@@ -114,6 +114,11 @@ def _is_box(box: object) -> bool:
     return 0 <= x0 < x1 <= MAX_SIDE and 0 <= y0 < y1 <= MAX_SIDE
 
 
+def area(box: list[int]) -> int:
+    """Of the box [x0, y0, x1, y1], in px."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
 def load_split(folder: Path, split: str) -> list[dict]:
     """The records of 02's folder. Raises BadInput for 01's: it has no red boxes, and without them a
     slice with two findings would be one picture with two right answers."""

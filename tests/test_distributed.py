@@ -4,7 +4,6 @@ What a GPU does in bf16 is emulated on the CPU: bf16 weights, autocast over fp32
 """
 
 import importlib
-import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -20,11 +19,9 @@ from support.distributed import World
 from tests import launch
 from tests.test_grpo import random_numbers
 from tests.test_scripts import (
-    assert_close_metrics,
-    assert_close_weights,
-    finish,
+    THREE_UPDATES,
+    assert_shards_equal_one_process,
     metrics,
-    rollouts,
     weights,
 )
 
@@ -160,20 +157,6 @@ def test_emulated_bf16_is_on_policy_and_resumes_bit_for_bit(emulation, data, tmp
 @pytest.mark.slow
 def test_two_machines_of_two_ranks_equal_one_process(data, tmp_path):
     """Sharded within each, replicated across: three updates, and a resume either way."""
-    argv = ["--data", data, "--model", vlm.TINY, "--train", "mlp", "--save-every", "1"]
-    argv += "--steps 3 --prompts-per-step 4 --micro-batch 1 --inner-epochs 2".split()
-    argv += "--max-new-tokens 24 --lr 3e-4 --out".split()
-    spread = {"ranks": 4, "machines": 2}
-    one, four = tmp_path / "one", tmp_path / "four"
-    whole = launch.start("04_grpo", *argv, one)
-    finish(whole, launch.start("04_grpo", *argv, four, "--shard", **spread))
-    assert metrics(one)[2]["kl"] > 0  # there were rewards to learn from
-    keys = ("step", "id", "sample", "text")
-    assert sorted(rollouts(one, *keys)) == sorted(rollouts(four, *keys))
-    assert_close_metrics(one, four)
-    assert_close_weights(one, four, 2e-5)
-    shutil.rmtree(one / "checkpoint-000003")
-    shutil.rmtree(four / "checkpoint-000003")
-    whole = launch.start("04_grpo", *argv, four, "--resume")
-    finish(whole, launch.start("04_grpo", *argv, one, "--resume", "--shard", **spread))
-    assert_close_weights(one, four, 2e-5)
+    flags = ["--data", data, "--model", vlm.TINY, "--train", "mlp", *THREE_UPDATES]
+    assert_shards_equal_one_process(tmp_path, flags, ranks=4, machines=2)
+    assert metrics(tmp_path / "one")[2]["kl"] > 0  # there were rewards to learn from

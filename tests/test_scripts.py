@@ -230,27 +230,34 @@ def test_a_rank_without_variance_neither_hangs_nor_differs(data, tmp_path):
     assert_close_weights(one, two, 2e-5)
 
 
+THREE_UPDATES = "--steps 3 --prompts-per-step 4 --micro-batch 1 --inner-epochs 2".split()
+THREE_UPDATES += "--max-new-tokens 24 --lr 3e-4 --save-every 1".split()
+
+
+def assert_shards_equal_one_process(folder, flags: list, **spread) -> None:
+    """Trains both ways, then resumes each with the other's state."""
+    flags = [*flags, "--out"]
+    one, many = folder / "one", folder / "many"
+    whole = launch.start("04_grpo", *flags, one)
+    finish(whole, launch.start("04_grpo", *flags, many, "--shard", **spread))
+    keys = ("step", "id", "sample", "text")
+    assert sorted(rollouts(one, *keys)) == sorted(rollouts(many, *keys))
+    assert_close_metrics(one, many)
+    assert_close_weights(one, many, 2e-5)
+    shutil.rmtree(one / "checkpoint-000003")
+    shutil.rmtree(many / "checkpoint-000003")
+    whole = launch.start("04_grpo", *flags, many, "--resume")
+    finish(whole, launch.start("04_grpo", *flags, one, "--resume", "--shard", **spread))
+    assert_close_weights(one, many, 2e-5)
+
+
 # With the tower frozen, and with its merger trained.
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["llm", "mlp"])
 def test_sharded_over_two_ranks_equals_one_process(runs, data, tmp_path, group):
     """Three updates with a rollout before each, and a resume with another world size."""
-    flags = ["--data", data, "--model", runs / "sft", "--train", group, "--save-every", "1"]
-    flags += "--steps 3 --prompts-per-step 4 --micro-batch 1 --inner-epochs 2".split()
-    flags += "--max-new-tokens 24 --lr 3e-4 --out".split()
-    one, two = tmp_path / "one", tmp_path / "two"
-    whole = launch.start("04_grpo", *flags, one)
-    finish(whole, launch.start("04_grpo", *flags, two, "--shard", ranks=2))
-    keys = ("step", "id", "sample", "text")
-    assert sorted(rollouts(one, *keys)) == sorted(rollouts(two, *keys))
-    assert_close_metrics(one, two)
-    assert_close_weights(one, two, 2e-5)
-    # One process's state over two shards, and back.
-    shutil.rmtree(one / "checkpoint-000003")
-    shutil.rmtree(two / "checkpoint-000003")
-    whole = launch.start("04_grpo", *flags, two, "--resume")
-    finish(whole, launch.start("04_grpo", *flags, one, "--resume", "--shard", ranks=2))
-    assert_close_weights(one, two, 2e-5)
+    flags = ["--data", data, "--model", runs / "sft", "--train", group]
+    assert_shards_equal_one_process(tmp_path, [*flags, *THREE_UPDATES], ranks=2)
 
 
 def test_sharded_sft_equals_one_process(runs, data, tmp_path):
