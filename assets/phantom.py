@@ -212,11 +212,11 @@ def _chest(rng, side: int) -> tuple[np.ndarray, list[np.ndarray]]:
 def _region(rng, lung: np.ndarray, shape: str, category: str) -> np.ndarray:
     """The voxels of a lesion in `lung`, both bool [H, W, D].
 
-    On a slice of 140 px it is 22 to 44 px across; it is 5 to 8 slices high.
+    On a slice of 140 px it is 15 to 28 px across; it is 5 to 8 slices high.
     """
     side = len(lung)
     unit = side / 140
-    radius = rng.uniform(11, 22) * unit
+    radius = rng.uniform(7.5, 14) * unit
     middle = int(rng.integers(*ZONES.get(category, (4, 12))))
     half = rng.uniform(2.6, 4.2)
     z = (np.arange(DEPTH_SLICES) - middle) / half
@@ -230,7 +230,7 @@ def _region(rng, lung: np.ndarray, shape: str, category: str) -> np.ndarray:
         if category == "2e":
             rim &= gy > side * 0.58  # posterior
         cx, cy = rng.choice(np.argwhere(rim))
-        thick = rng.uniform(8, 13) * unit
+        thick = rng.uniform(6, 10) * unit
         reach = radius * 1.25
         arc = (gx - cx) ** 2 + (gy - cy) ** 2 < reach**2
         flat = (inward > 0) & (inward < thick) & arc
@@ -241,12 +241,12 @@ def _region(rng, lung: np.ndarray, shape: str, category: str) -> np.ndarray:
         angle = np.arctan2(gy - cy, gx - cx)
         waves = 0
         for k in (2, 3, 5):
-            phase, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.10, 0.26)
+            phase, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.18, 0.32)
             waves = waves + height * np.sin(k * angle + phase)
         wobble = 1 + waves
-        reach = reach / (1.15 * wobble / wobble.max())
+        reach = reach / (1.3 * wobble / wobble.max())
         bites = scipy.ndimage.gaussian_filter(rng.standard_normal((side, side)), 2.2 * unit)
-        reach = np.where(bites > 0.9 * bites.std(), np.inf, reach)
+        reach = np.where(bites > 0.8 * bites.std(), np.inf, reach)
     return (reach[:, :, None] < radius * taper) & lung
 
 
@@ -255,8 +255,12 @@ def _paint(rng, hu: np.ndarray, region: np.ndarray, texture: str) -> None:
     unit = len(hu) / 140
     lung = float(np.median(hu[region]))
     gx, gy = np.meshgrid(np.arange(hu.shape[0]), np.arange(hu.shape[1]), indexing="ij")
-    spacing = rng.uniform(7.5, 9.5) * unit
-    # The distance to the nearest centre of a staggered lattice: of rings and of holes.
+    spacing = rng.uniform(6.0, 7.5) * unit
+    # The distance to the nearest centre of a staggered lattice, of rings and of holes; one of them
+    # lies where the lesion is deepest, so that even a small one shows it whole.
+    inward = scipy.ndimage.distance_transform_edt(region.any(2))
+    cx, cy = np.unravel_index(inward.argmax(), inward.shape)
+    gx, gy = gx - cx, gy - cy
     row = np.round(gy / spacing)
     stagger = 0.5 * (row % 2)
     near_x = gx - (np.round(gx / spacing - stagger) + stagger) * spacing
@@ -267,11 +271,11 @@ def _paint(rng, hu: np.ndarray, region: np.ndarray, texture: str) -> None:
         veil = scipy.ndimage.gaussian_filter(rng.standard_normal(distance.shape), 3 * unit)
         value = rng.uniform(-620, -500) + 40 * veil / veil.std()
     elif texture == "ringed":
-        value = np.where(distance < 2.9, rng.uniform(-100, 50), lung)
-        value[distance < 1.4] = -960
+        value = np.where(distance < 2.5, rng.uniform(-100, 50), lung + 100)
+        value[distance < 1.2] = -960
     elif texture == "holed":
-        value = np.where(distance < 3.2, -990, rng.uniform(-760, -700))
+        value = np.where(distance < 2.6, -990, rng.uniform(-650, -560))
     else:  # meshed: two families of thin bright lines
-        lines = np.minimum((gx + gy) / unit % 7.0, (gx - gy) / unit % 7.0)
-        value = np.where(lines < 1.7, rng.uniform(-350, -200), lung + 60)
+        lines = np.minimum((gx + gy) / unit % 5.5, (gx - gy) / unit % 5.5)
+        value = np.where(lines < 1.5, rng.uniform(-300, -150), lung + 170)
     hu[region] = np.broadcast_to(value[:, :, None], hu.shape)[region]
