@@ -22,6 +22,7 @@ test/ hold images and metadata.jsonl, one line per record, which is one finding 
     file_name, id, volume, patient   the picture, and whose it is
     slice, finding                   counted from the feet, and its number in the report
     box, boxes                       [x0, y0, x1, y1] in px, end-exclusive: the largest, and all
+    slice_boxes                      those of every finding on the slice, also without a class
     category, label, text            ReXGroundingCT's code, its class, the report's sentence
     question, answer                 see rewards.py
 
@@ -48,7 +49,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from assets.phantom import write_phantoms
-from rewards import CLASSES, QUESTION, target
+from rewards import CLASSES, QUESTION, area, target
 from support.files import (
     MIN_SIDE,
     BadInput,
@@ -62,7 +63,7 @@ from support.files import (
 )
 from support.log import save_figure
 from support.nifti import Nifti, picture_planes, read_header, read_slabs
-from support.records import OUTPUTS, area, write_records
+from support.records import OUTPUTS, write_records
 from support.rexgroundingct import Case, ct_rate_path, fault, find_ct, finding_axis, read_cases
 from support.stage import bounded, finite, fraction, natural, parallel, positive_int
 
@@ -236,6 +237,7 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, folder: Path, settings: d
         axis = finding_axis(mask.shape, case)
         planes = picture_planes(lesions, mask.shape, axis, transform)
         boxes, present = boxes_by_slice(planes, len(case.keys), settings["min_box_fraction"])
+        every = [dict(found) for found in boxes]
         drop_findings(case, mask.path, boxes, present, result)
         chosen = choose_slices(boxes, settings["cap"], settings["max_slices"])
         slices = {k for k, _ in chosen}
@@ -248,7 +250,8 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, folder: Path, settings: d
         path = folder / "images" / f"{case.volume}_s{k:04d}.png"
         write_atomic(path, png_bytes(Image.fromarray(picture)))
     for k, f in chosen:
-        result.records.append(make_record(case, k, f, boxes[f][k]))
+        around = [box for found in every for box in found.get(k, [])]
+        result.records.append(make_record(case, k, f, boxes[f][k], around))
     keep(folder.parent / f".work/{case.volume}.json", asdict(result))  # last: it means finished
     return result
 
@@ -269,7 +272,7 @@ def drop_findings(case: Case, mask: Path, boxes: list, present: np.ndarray, resu
             result.too_small += 1
 
 
-def make_record(case: Case, k: int, f: int, boxes: list[list[int]]) -> dict:
+def make_record(case: Case, k: int, f: int, boxes: list[list[int]], around: list) -> dict:
     """One line of metadata.jsonl: finding `f` on slice `k`. Its keys are explained above."""
     label = CLASS_OF[case.categories[f]]
     return {
@@ -281,6 +284,7 @@ def make_record(case: Case, k: int, f: int, boxes: list[list[int]]) -> dict:
         "finding": int(case.keys[f]),
         "box": boxes[0],
         "boxes": boxes,
+        "slice_boxes": around,
         "category": case.categories[f],
         "label": label,
         "text": case.texts[f],

@@ -33,7 +33,7 @@ from transformers.quantizers import quantizer_mxfp4
 
 import rewards
 from assets import build_tiny_vlm, phantom
-from support import judge, stats, tables, vlm
+from support import judge, stats, tables, vlm, vqa_metrics
 from support.files import BadInput
 from support.judge import keyword_judge, last_class
 from support.log import read_log
@@ -204,8 +204,8 @@ def test_without_donors_nothing_is_said_of_moving():
 def test_weighted_average_is_by_sample_count():
     general = {"skill": {"n": 1000, "mean": 0.0}, "chartqa": {"n": 30, "mean": 0.5}}
     general["textvqa"] = {"n": 10, "mean": 0.9}
-    assert evaluation.weighted_average(general) == pytest.approx((30 * 0.5 + 10 * 0.9) / 40)
-    assert evaluation.weighted_average({"skill": {"n": 5, "mean": 1.0}}) is None
+    assert vqa_metrics.weighted_average(general) == pytest.approx((30 * 0.5 + 10 * 0.9) / 40)
+    assert vqa_metrics.weighted_average({"skill": {"n": 5, "mean": 1.0}}) is None
 
 
 # ==== Judges ====

@@ -307,7 +307,8 @@ def test_the_format_is_that_of_the_prompt(processor, records, roll, model, monke
     monkeypatch.setattr(vlm, "decode", lambda *_: rewards.target(rewards.CLASSES[0]))
     args = grpo.parse_args(["--model", str(vlm.TINY), "--prompt", mode])
     stops = vlm.stop_ids(model, processor)
-    for group in grpo.score_samples(1, records[:3], roll, processor, stops, args):
+    truths = [record["label"] for record in records[:3]]
+    for group in grpo.score_samples(1, records[:3], truths, roll, processor, stops, args):
         for sample in group:
             right = sample.label == rewards.CLASSES[0]
             assert (sample.format, sample.validity, sample.correctness) == (form, 1.0, right)

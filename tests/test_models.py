@@ -318,7 +318,8 @@ def test_format_is_read_from_the_prompts_tail_on(model, processor, records, begu
     rolled = engine.Rollout(vlm.encode(processor, images, prompts), tokens, mask, mask.any(2))
     stops = vlm.stop_ids(model, processor)
     args = grpo.parse_args(["--model", str(vlm.TINY)])
-    groups = grpo.score_samples(1, records[:2], rolled, processor, stops, args)
+    truths = [record["label"] for record in records[:2]]
+    groups = grpo.score_samples(1, records[:2], truths, rolled, processor, stops, args)
     assert [group[0].text for group in groups] == [expected, expected]
     assert [group[0].format for group in groups] == [begun, begun]
 
