@@ -22,7 +22,7 @@ DRAWS, NEAR = 3000, 0.005  # boxes tried for one of a given IoU, and which is ne
 def ask_where(record: dict, name_finding: bool) -> dict:
     """The record as a question of locating. Every box of the slice is right, the first is taught;
     of a named finding its own are."""
-    boxes, what = record.get("boxes", [record["box"]]), "the lesion"
+    boxes, what = record.get("boxes") or [record["box"]], "the lesion"
     if name_finding:
         text = record.get("text", "").strip().rstrip(".")
         if not text:
@@ -60,7 +60,8 @@ def box_grid(processor, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height of the grid on which a model writes the boxes of a picture of `size`, px.
 
     Qwen2.5-VL's is the resized picture itself; that of Qwen2-VL and of the models after 2.5 has
-    1000 steps per side. Raises BadInput for another family's processor. (QwenLM/Qwen3-VL: qwen-vl-finetune/tools/process_bbox.ipynb, cookbooks.)
+    1000 steps per side. Raises BadInput for another family's processor. Source: QwenLM/Qwen3-VL,
+    qwen-vl-finetune/tools/process_bbox.ipynb and its cookbooks.
     """
     thousandths = getattr(processor, "thousandths", None)
     if thousandths is None:
@@ -81,7 +82,8 @@ def rescale(box: list[int], source: tuple[int, int], grid: tuple[int, int]) -> l
     for axis in (0, 1):
         factor = grid[axis] / source[axis]
         low = min(round(box[axis] * factor), grid[axis] - 1)
-        edges.append((low, max(round(box[axis + 2] * factor), low + 1)))
+        high = min(round(box[axis + 2] * factor), grid[axis])
+        edges.append((low, max(high, low + 1)))
     (x0, x1), (y0, y1) = edges
     return [x0, y0, x1, y1]
 
@@ -101,7 +103,7 @@ def truth(task: str, record: dict, processor, size: tuple[int, int]) -> str | Bo
     if task == "diagnose":
         return record["label"]
     grid = box_grid(processor, size)
-    boxes = [rescale(box, size, grid) for box in record["boxes"]]
+    boxes = [rescale(box, size, grid) for box in record.get("boxes") or [record["box"]]]
     return Boxes(boxes, *grid)
 
 

@@ -219,7 +219,7 @@ def plot_boxes(path: Path, rows: list, records: dict[str, dict]) -> None:
             row = group[i * (len(group) - 1) // (count - 1)]
             record = records[row.id]
             axis.imshow(open_picture(record["image"]))
-            boxes = [(box, "lime") for box in record["boxes"]]
+            boxes = [(box, "lime") for box in record.get("boxes") or [record["box"]]]
             boxes += [(row.predicted, "darkorange")] if row.predicted else []
             for (x0, y0, x1, y1), colour in boxes:
                 look = {"fill": False, "edgecolor": colour, "linewidth": 1.5}

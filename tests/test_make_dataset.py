@@ -262,6 +262,15 @@ def test_small_and_left_out_findings_are_counted_and_are_not_errors(tmp_path):
     assert (info["too_small"], info["left_out"], info["skipped"]) == (1, {"2g": 1}, [])
 
 
+def test_a_slice_lists_the_boxes_of_all_its_findings_also_without_a_class(tmp_path):
+    other, small = [2, 2, 10, 9], [1, 12, 4, 15]
+    lesions = [ct.block((3, 6), BOX), ct.block((4, 9), other), ct.block((3, 6), small)]
+    entry = ct.add_case(tmp_path, lesions=lesions, categories=("2b", "2g", "2c"))
+    _, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out")
+    found = {record["slice"]: record["slice_boxes"] for record in records}
+    assert found == {3: [BOX], 4: [BOX, other], 5: [BOX, other]}
+
+
 def test_the_fourteen_categories():
     assert len(stage.CLASS_OF) == 14
     assert set(stage.CLASS_OF.values()) - {None} == set(CLASSES)
@@ -314,7 +323,8 @@ def test_split_patients():
 
 def test_what_an_imagefolder_reader_sees(many, tmp_path):
     info, _ = build(many[1], tmp_path / "out")
-    keys = "file_name id volume patient slice finding box boxes category label text question answer"
+    keys = "file_name id volume patient slice finding box boxes slice_boxes category label text"
+    keys += " question answer"
     seen = set()
     for split in ("train", "test"):
         records = ct.read_lines(tmp_path / "out", split)
