@@ -44,7 +44,6 @@ from support.stage import run_stage  # isort: skip  (first, see support/__init__
 import argparse
 import functools
 import json
-import random
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,11 +82,14 @@ def answer(model, processor, images, prompts, tokens: int, device, begun=None) -
     batch, ends = vlm.encode_any(model, processor, images, prompts, begun)
     vlm.check_room(model, batch, len(prompts), len(prompts), tokens)
     with autocast(device):
-        rows = vlm.generate(model, vlm.to_device(batch, device), tokens, **ends)  # [B][T]
+        batch = vlm.to_device(batch, device)
+        rows = vlm.generate(model, batch, tokens, **ends)  # [B][T]
     opening = vlm.opening(processor, batch)
     if ends:
-        return [opening + vlm.decode(processor, row, ends["eos_token_id"]) for row in rows]
-    return [opening + text for text in processor.batch_decode(rows, skip_special_tokens=True)]
+        stops = ends["eos_token_id"]
+        return [opening + vlm.decode(processor, row, stops) for row in rows]
+    texts = processor.batch_decode(rows, skip_special_tokens=True)
+    return [opening + text for text in texts]
 
 
 def ask(name: str, place: Path, tasks: dict, args, world: World) -> dict[str, list[str]]:
@@ -106,7 +108,8 @@ def ask(name: str, place: Path, tasks: dict, args, world: World) -> dict[str, li
     texts = {}
     for task, items in tasks.items():
         desc = f"{Path(name).name}, {task}"
-        texts[task] = work_once(place / task, items, args.batch_size, work, world, desc, split > 1)
+        how = args.batch_size, work, world, desc, split > 1
+        texts[task] = work_once(place / task, items, *how)
     return texts
 
 
@@ -115,8 +118,9 @@ def general_sets(args: argparse.Namespace, records: list[dict]) -> dict[str, lis
     sets = {"skill": phantom.questions(records) if args.skill else []}
     for key in ("chartqa", "textvqa"):
         ten = key == "textvqa"
-        files = [vqa_metrics.read_questions(path, ten)[: args.limit] for path in getattr(args, key)]
-        sets[key] = sum(files, [])
+        sets[key] = []
+        for path in getattr(args, key):
+            sets[key] += vqa_metrics.read_questions(path, ten)[: args.limit]
     return {key: questions for key, questions in sets.items() if questions}
 
 
@@ -187,23 +191,9 @@ def judge_rows(rows: list[Diagnosis], args: argparse.Namespace, world: World) ->
         row.judged = by_text.get(rewards.reasoning(row.text))
 
 
-def donors(rows: list[Diagnosis]) -> list[Diagnosis | None]:
-    """For each row another, drawn by the row's id alone; None where there is none.
-
-    The judge gives it neither the row's judged class nor its answered one: with the latter, a model
-    that always answers alike would seem to move.
-    """
-    drawn = []
-    for row in rows:
-        not_these = None, row.judged, row.predicted
-        others = [r for r in rows if row.judged and r.judged not in not_these]
-        drawn.append(random.Random(row.id).choice(others) if others else None)
-    return drawn
-
-
 def swap(name: str, place: Path, items: list, rows: list[Diagnosis], args, world) -> list[dict]:
     """One model's lines of swapped.jsonl, for its `items` and `rows` under the think prompt."""
-    given, tasks = donors(rows), {"swapped": [], "empty": []}
+    given, tasks = judge.donors(rows), {"swapped": [], "empty": []}
     for (image, prompt, _), donor in zip(items, given, strict=True):
         tasks["empty"].append([image, prompt, "<think></think>"])
         if donor:
@@ -235,7 +225,8 @@ def summarise(rows: list[Diagnosis]) -> dict:
     per_class, intervals = dict.fromkeys(rewards.CLASSES), {}
     for name, part in right["kinds"].items():
         per_class[name], intervals[name] = part["mean"], part["interval_95"]
-    result = {"n": len(rows), "accuracy": right["mean"], "interval_95": right["interval_95"]}
+    result = {"n": len(rows)}
+    result["accuracy"], result["interval_95"] = right["mean"], right["interval_95"]
     result["macro_accuracy"] = right["macro"]["mean"]
     result["macro_interval_95"] = right["macro"]["interval_95"]
     result["invalid"] = float(np.mean([row.predicted is None for row in rows]))
@@ -250,8 +241,9 @@ def summarise(rows: list[Diagnosis]) -> dict:
 def summarise_boxes(rows: list[Diagnosis]) -> dict:
     """The metrics of one model that locates, under one prompt form."""
     patients = [row.patient for row in rows]
-    scores = {"iou": [row.score for row in rows], "half": [row.score > 0.5 for row in rows]}
-    result = {"n": len(rows)}
+    result, scores = {"n": len(rows)}, {}
+    scores["iou"] = [row.score for row in rows]
+    scores["half"] = [row.score > 0.5 for row in rows]
     for key, values in scores.items():
         share = bootstrap(values, patients)
         result |= {key: share["mean"], f"{key}_interval_95": share["interval_95"]}
@@ -270,19 +262,6 @@ def summarise_judge(rows: list[Diagnosis]) -> dict:
     return result | {"right": right["mean"], "interval_95": same["interval_95"]}
 
 
-def summarise_swap(lines: list[dict]) -> dict:
-    """Shares of answers that move or stay, which unreadable ones do not, or are right without."""
-    given = [line for line in lines if line["donor"]]
-    result = {"n": len(given)}
-    shares = [("moved", given, "swapped", "donor_class"), ("stayed", given, "swapped", "predicted")]
-    shares.append(("accuracy_without", lines, "empty", "label"))
-    for name, over, answered, wanted in shares:
-        hits = [line[answered] is not None and line[answered] == line[wanted] for line in over]
-        share = bootstrap(hits, [line["patient"] for line in over])
-        result |= {name: share["mean"], f"{name}_interval_95": share["interval_95"]}
-    return result
-
-
 def measure(args, rows: list[Diagnosis], general: list[Skill], swapped: list[dict]) -> dict:
     """The content of metrics.json. Models go by their folder's name where that is unambiguous."""
     names = {name: Path(name).name for name in args.model}
@@ -299,7 +278,8 @@ def measure(args, rows: list[Diagnosis], general: list[Skill], swapped: list[dic
         model = {"path": name, "parameters": vlm.count_parameters(name)}
         model |= {"modes": by_mode, "general": by_set}
         if args.swap_thinking:
-            model["swap_thinking"] = summarise_swap([s for s in swapped if s["model"] == name])
+            lines = [line for line in swapped if line["model"] == name]
+            model["swap_thinking"] = judge.summarise_swap(lines)
         models[names[name]] = model | {"weighted_average": weighted_average(by_set)}
     labels = [row.label for row in groups[rows[0].model, rows[0].mode]]  # alike in all
     commonest = max(rewards.CLASSES, key=labels.count)
@@ -317,7 +297,7 @@ def open_out(args: argparse.Namespace) -> None:
     """Opens --out for these models, data and flags. Raises BadInput when it holds other results."""
     settings = {"script": "05_eval.py"}
     settings["model"] = [[name, checkpoint.digest_of(name)] for name in args.model]
-    files = {"data": [args.data / "test" / "metadata.jsonl", args.data / "dataset_info.json"]}
+    files = {"data": [args.data / "test/metadata.jsonl", args.data / "dataset_info.json"]}
     files |= {"chartqa": args.chartqa, "textvqa": args.textvqa}
     for flag, paths in files.items():
         settings[flag] = [digest(read_bytes(path)) for path in paths]
@@ -350,7 +330,8 @@ def write_results(args, records: list[dict], rows: list, general: list, swapped:
         case["prompt"] = rewards.prompt(record["question"], row.mode, args.task)
         if args.task == "locate":
             boxes.append({"id": row.id, "box": row.predicted, "iou": row.score})
-            case |= {"predicted": str(row.predicted or ""), "correctness": int(row.score > 0.5)}
+            case["predicted"] = str(row.predicted or "")
+            case["correctness"] = int(row.score > 0.5)
         cases.append(line | case)
     files = {"predictions": answers, "boxes": boxes, "swapped": swapped}
     for name, lines in (files | {"general": map(asdict, general)}).items():
@@ -372,7 +353,8 @@ def write_results(args, records: list[dict], rows: list, general: list, swapped:
     write_report(args.out / "report.html", "MedReason-R1: evaluation", shown, figures, cases)
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
     print(tables.markdown(shown))
-    print(f"{args.out}: {', '.join(name for name in OUTPUTS if (args.out / name).exists())}")
+    made = [name for name in OUTPUTS if (args.out / name).exists()]
+    print(f"{args.out}: {', '.join(made)}")
 
 
 # ==== 5. Flags ====
@@ -417,18 +399,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def answer_image(args: argparse.Namespace) -> None:
     """Prints what each model thinks and answers about --image."""
     picture, device = open_picture(args.image).convert("RGB"), start().device
-    question = {"diagnose": rewards.QUESTION, "locate": rewards.LOCATE.format("the lesion")}
+    question = rewards.QUESTION
+    if args.task == "locate":
+        question = rewards.LOCATE.format("the lesion")
     for name in args.model:
         model, processor = vlm.load_model(name, device), vlm.any_processor(name)
         for mode in MODES[args.think]:
-            prompt = rewards.prompt(question[args.task], mode, args.task)
-            text = answer(model, processor, [picture], [prompt], args.max_new_tokens, device)[0]
+            prompt = rewards.prompt(question, mode, args.task)
+            asked = [picture], [prompt], args.max_new_tokens, device
+            text = answer(model, processor, *asked)[0]
             found = rewards.predicted_class(text)
             if args.task == "locate":
                 found = box_in_picture(text, processor, picture.size)
             print(f"{name}, {mode}")
             if mode == "think":
-                print(f"  thinks:  {rewards.reasoning(text) or '(nothing between think tags)'}")
+                thoughts = rewards.reasoning(text)
+                print(f"  thinks:  {thoughts or '(nothing between think tags)'}")
             print(f"  answers: {found or f'neither class nor box in {text!r}'}")
 
 
@@ -455,7 +441,9 @@ def evaluate(args: argparse.Namespace) -> None:
     for key, questions in sets.items():
         form = "" if key == "skill" else f"\n{vqa_metrics.SHORT}"
         tasks[key] = [[str(q["image"]), q["question"] + form, ""] for q in questions]
-    places = {name: args.out / ".work" / f"model-{i}" for i, name in enumerate(args.model)}
+    places = {}
+    for i, name in enumerate(args.model):
+        places[name] = args.out / ".work" / f"model-{i}"
     for name, place in places.items():
         texts = ask(name, place, tasks, args, world)
         for mode in modes:
