@@ -9,7 +9,8 @@ import math
 import random
 from pathlib import Path
 
-from rewards import LOCATE, Boxes, box_text, iou, predicted_box, prompt
+import rewards
+from rewards import Boxes, iou
 from support.files import BadInput, check_fields, read_bytes
 from support.records import is_box, pictures
 
@@ -30,8 +31,8 @@ def ask_where(record: dict, name_finding: bool) -> dict:
         what = f"this finding: {text[0].lower()}{text[1:]}"
     else:
         boxes = [*boxes, *(box for box in record.get("slice_boxes", []) if box not in boxes)]
-    answer = f"<answer>{box_text(boxes[0])}</answer>"
-    return record | {"question": LOCATE.format(what), "answer": answer, "boxes": boxes}
+    answer = f"<answer>{rewards.box_text(boxes[0])}</answer>"
+    return record | {"question": rewards.LOCATE.format(what), "answer": answer, "boxes": boxes}
 
 
 def read_boxes(path: Path) -> dict[str, list[int] | None]:
@@ -91,7 +92,7 @@ def rescale(box: list[int], source: tuple[int, int], grid: tuple[int, int]) -> l
 def box_in_picture(completion: str, processor, size: tuple[int, int]) -> list[int] | None:
     """The box, px, that a completion answers with about a picture of `size`; None: it has none."""
     grid = box_grid(processor, size)
-    box = predicted_box(completion, *grid)
+    box = rewards.predicted_box(completion, *grid)
     return box and rescale(box, grid, size)
 
 
@@ -111,7 +112,7 @@ def questions(records: list[dict], processor, mode: str, task: str) -> tuple[lis
     """What the records ask under the prompt form `mode`: pictures, prompts, and what is right."""
     images, prompts, truths = pictures(records), [], []
     for record, image in zip(records, images, strict=True):
-        prompts.append(prompt(record["question"], mode, task))
+        prompts.append(rewards.prompt(record["question"], mode, task))
         truths.append(truth(task, record, processor, image.size))
     return images, prompts, truths
 

@@ -795,7 +795,7 @@ def test_bad_input_is_one_line(data, tmp_path, extra, words):
     ("given", "words"),
     [
         ([vlm.TINY], "names a checkpoint twice"),
-        (["--swap-thinking", "--think", "no"], "--swap-thinking needs reasoning to swap"),
+        (["--swap-thinking", "--think", "no"], "--swap-thinking needs a diagnosis with reasoning"),
         (["--swap-thinking", "--image", "a.png"], "--image goes without --swap-thinking"),
         (["--tensor-parallel", "--image", "a.png"], "--image goes without --swap-thinking and"),
     ],

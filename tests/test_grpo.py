@@ -321,9 +321,9 @@ def scheduled(data, tmp_path, monkeypatch):
     asked, rates = set(), []
     prompt, step = rewards.prompt, torch.optim.AdamW.step
 
-    def noted_prompt(question, mode):
+    def noted_prompt(question, mode, task):
         asked.add(mode)
-        return prompt(question, mode)
+        return prompt(question, mode, task)
 
     def noted_step(optimizer, *args, **kwargs):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -169,8 +169,8 @@ sizes = st.tuples(st.integers(1, 900), st.integers(1, 900))
 
 @given(sizes, sizes, st.data())
 def test_a_box_stays_in_its_picture_and_comes_back(source, grid, data):
-    """On a finer grid and back it is the same box; on a coarser one its edges move by half a step
-    at most, or to one step of width."""
+    """On a finer grid and back it is the same box; on a coarser one its edges move by half a step,
+    and by one more where the box would have no width."""
     edges = []
     for length in source:
         low = data.draw(st.integers(0, length - 1))
@@ -186,7 +186,7 @@ def test_a_box_stays_in_its_picture_and_comes_back(source, grid, data):
     assert turned == [there[i] for i in (1, 0, 3, 2)]
     for i, edge in enumerate(box):
         step = source[i % 2] / grid[i % 2]
-        assert abs(there[i] * step - edge) <= step + 1e-9
+        assert abs(there[i] * step - edge) <= 1.5 * step + 1e-9
 
 
 # ==== Clean slices and predicted boxes ====
