@@ -14,6 +14,7 @@ Without real data it makes synthetic chests ("phantoms") in the same formats and
     python 01_make_dataset.py                       the demo, half a minute
     python 01_make_dataset.py --rexgroundingct /data/rex --list-ct > ct.txt   which CTs to download
     python 01_make_dataset.py --rexgroundingct /data/rex --ct-rate /data/ct --out data/ct_rate_vqa
+    ... --index /data/rex/MICCAI_challenge_dataset.json --out data/challenge    to test on alone
 
 The paper: 3,042 volumes, 68,581 training and 15,507 test slices. The same command goes on where an
 interrupted one stopped. --out is for datasets.load_dataset("imagefolder", data_dir=...): train/ and
@@ -35,7 +36,6 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
@@ -46,7 +46,6 @@ import nibabel as nib
 import numpy as np
 import scipy  # scipy.ndimage is loaded at its first use
 from PIL import Image
-from tqdm import tqdm
 
 from assets.phantom import write_phantoms
 from rewards import CLASSES, QUESTION, area, target
@@ -64,7 +63,15 @@ from support.files import (
 from support.log import save_figure
 from support.nifti import Nifti, picture_planes, read_header, read_slabs
 from support.records import OUTPUTS, write_records
-from support.rexgroundingct import Case, ct_rate_path, fault, find_ct, finding_axis, read_cases
+from support.rexgroundingct import (
+    Case,
+    ct_rate_path,
+    fault,
+    find_ct,
+    finding_axis,
+    read_cases,
+    report_skipped,
+)
 from support.stage import bounded, finite, fraction, natural, parallel, positive_int
 
 DEMO = {"phantoms": 360}
@@ -304,16 +311,6 @@ def read_result(folder: Path, case: Case) -> Result | None:
 # ==== 6. The folder ====
 
 
-def report_skipped(faults: list[dict], strict: bool) -> None:
-    """Prints one line per fault; with `strict` the first raises BadInput."""
-    for row in faults:
-        finding = f", finding {row['finding']}" if row["finding"] else ""
-        line = f"{row['volume']}{finding}: {row['reason']}"
-        if strict:
-            raise BadInput(f"{line} (--strict)")
-        tqdm.write(f"skipped: {line}", file=sys.stderr)
-
-
 def count_records(records: dict[str, list[dict]]) -> dict[str, dict]:
     """How many volumes, patients, slices, records, and records of each class are in each split."""
     counts = {"volumes": {}, "patients": {}, "slices": {}, "records": {}, "classes": {}}
@@ -382,6 +379,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rexgroundingct", type=Path, metavar="DIR", help="with dataset.json and segmentations/")
     add("--ct-rate", type=Path, metavar="DIR", help="CTs: CT-RATE's own tree, or one flat folder")
     volumes = bounded(int, 1, 100_000, "a whole number from 1 to 100,000")
+    add("--index", type=Path, metavar="FILE", help="in place of dataset.json: all is for testing")
     add("--phantoms", type=volumes, metavar="N", help="synthetic volumes (default 360)")
     add("--list-ct", action="store_true", help="print the CT-RATE paths that are needed, and stop")
     add = parser.add_argument_group("what is kept").add_argument
@@ -399,8 +397,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--strict", action="store_true", help="stop at the first bad volume or finding")
     args = parser.parse_args(argv)
     real = [args.rexgroundingct, args.ct_rate]
-    if args.list_ct and args.rexgroundingct is None:
-        parser.error("--list-ct needs --rexgroundingct")
+    if (args.list_ct or args.index) and args.rexgroundingct is None:
+        parser.error("--list-ct and --index need --rexgroundingct")
     if real.count(None) == 1 and not args.list_ct:
         parser.error("--rexgroundingct and --ct-rate go together: masks are useless without CTs")
     if real.count(None) < 2 and args.phantoms:
@@ -417,23 +415,26 @@ def build(args: argparse.Namespace) -> None:
     """Builds or completes --out: the same bytes for any number of workers, interrupted or not."""
     rex, ct_rate, count = args.rexgroundingct, args.ct_rate, 0
     if args.list_ct:
-        cases, skipped = read_cases(rex / "dataset.json")
+        cases, skipped = read_cases(args.index or rex / "dataset.json")
         report_skipped(skipped, args.strict)
         print(*map(ct_rate_path, cases), sep="\n")
         return
     if rex is None:
         count = args.phantoms or DEMO["phantoms"]
-        volumes = f"{count} phantom volumes, seed {args.seed}"
-        print(f"no real data given: {volumes} (DEMO = {DEMO})", flush=True)
+        print(f"no real data given: {count} phantoms, seed {args.seed} (DEMO = {DEMO})", flush=True)
         root = args.out.parent / "phantoms" / f"{count}_seed{args.seed}"
         rex, ct_rate = write_phantoms(root, count, args.seed, args.workers)
+    index = args.index or rex / "dataset.json"
     settings = {name: getattr(args, name) for name in DECIDING} | {"phantoms": count}
-    settings["dataset_sha256"] = hashlib.sha256(read_bytes(rex / "dataset.json")).hexdigest()
-    cases, skipped = read_cases(rex / "dataset.json")
+    settings["dataset_sha256"] = hashlib.sha256(read_bytes(index)).hexdigest()
+    cases, skipped = read_cases(index)
+    split_of = split_patients({case.patient for case in cases}, args.test_fraction, args.seed)
+    if args.index:  # its masks are exhaustive: it is for testing, and is not mixed into training
+        split_of = dict.fromkeys(split_of, "test")
+        settings["index"] = index.name
     record = {"script": "01_make_dataset.py", **settings}
     claim(args.out, record, OUTPUTS, overwrite=args.overwrite, inputs=(rex, ct_rate))
     report_skipped(skipped, args.strict)
-    split_of = split_patients({case.patient for case in cases}, args.test_fraction, args.seed)
     results, jobs = [], []
     for case in cases:
         folder = args.out / split_of[case.patient]
