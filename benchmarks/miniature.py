@@ -26,14 +26,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.miniature_tables import ARMS, MAIN, WRONG_BOXES, report  # noqa: E402
+from benchmarks.miniature_tables import ARMS, LOCATES, MAIN, WRONG_BOXES, report  # noqa: E402
 from support.files import write_atomic  # noqa: E402
 from support.log import read_log  # noqa: E402
 
 SEEDS = [0, 1, 2, 3, 4]  # fixed beforehand: nothing is chosen on them
 BASE = "assets/tiny-qwen2.5-vl"
 # How 02 draws the records: folder -> its flags.
-PICTURES = {"zoom": "", "plain": "--no-patch", "corner": "--patch-corner auto", **WRONG_BOXES}
+PICTURES = {"zoom": "", "plain": "--no-patch", "corner": "--patch-corner auto", "clean": "--clean"}
+PICTURES |= WRONG_BOXES
 # SFT arm -> the pictures that it learns and is asked about; all other arms: zoom.
 SFT = {"sft": "zoom", "sft_plain": "plain", "sft_corner": "corner"}
 # RL arm -> its flags; all but the last start from the SFT checkpoint.
@@ -49,6 +50,7 @@ RL = {
 DIRECT, THINK = "--think no --no-skill", "--think yes --no-skill"
 ASKED = {arm: "--swap-thinking" for arm in MAIN}
 ASKED |= {"rl_direct": "", "sft_plain": DIRECT, "sft_corner": DIRECT}
+LOCATE = "--task locate"
 NOT_YET = "not done yet"
 
 
@@ -65,7 +67,7 @@ def tasks(out: Path, seed: int) -> dict[str, tuple[list[str], str]]:
 
     def add_evaluation(evaluation: str, arm: str, pictures: str, flags: str) -> None:
         model, needs = f"{at}/{arm}", [arm, pictures]
-        if arm == "base":
+        if arm in ("base", "locate_base"):
             model, needs = BASE, [pictures]
         command = f"05_eval.py --data {at}/{pictures} --model {model} {flags}"
         add(f"eval_{evaluation}", needs, f"{command} --out {at}/eval_{evaluation}")
@@ -83,7 +85,16 @@ def tasks(out: Path, seed: int) -> dict[str, tuple[list[str], str]]:
         add(arm, ["zoom", "sft"] if start else ["zoom"], command)
     for arm in ARMS:
         add_evaluation(arm, arm, SFT.get(arm, "zoom"), ASKED.get(arm, "--no-skill"))
-    for pictures in WRONG_BOXES:
+    # Without annotated boxes: a model that locates predicts them, and they are drawn.
+    train = f"{LOCATE} --seed {seed} --data {at}/clean --out {at}"
+    add("locate_sft", ["clean"], f"03_sft.py {train}/locate_sft")
+    rl = f"04_grpo.py --model {at}/locate_sft --prompt direct {train}/locate_rl"
+    add("locate_rl", ["clean", "locate_sft"], rl)
+    for arm in LOCATES:
+        add_evaluation(arm, arm, "clean", f"{LOCATE} --think no")
+    drawn = f"02_zoom_augment.py --data {at}/slices --boxes {at}/eval_locate_rl/boxes.jsonl"
+    add("predicted", ["slices", "eval_locate_rl"], f"{drawn} --out {at}/predicted --workers 1")
+    for pictures in (*WRONG_BOXES, "predicted"):
         add_evaluation(f"sft_{pictures}", "sft", pictures, DIRECT)
         add_evaluation(f"rl_{pictures}", "rl", pictures, THINK)
     return listed
@@ -168,7 +179,7 @@ def copy_logs(run: Path, folder: Path) -> int:
     What differs when the same run is repeated, times and memory, is left out; six digits are kept.
     """
     total = 0
-    for arm in (*SFT, *RL):
+    for arm in (*SFT, *RL, "locate_sft", "locate_rl"):
         lines = []
         for row in read_log(run / arm / "metrics.jsonl"):
             kept = {}

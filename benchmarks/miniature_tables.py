@@ -43,6 +43,8 @@ WRONG_BOXES = {
     "iou_0": "--jitter 0",
     "whole": "--whole",
 }
+DRAWN = (*WRONG_BOXES, "predicted")  # the last: by the boxes that a model predicted
+LOCATES = {"locate_base": "base", "locate_sft": "SFT", "locate_rl": "SFT + RL"}
 # The paper's figures (Tables 1, 3, 4 and Fig. 3), arm and measure -> %; its base: Qwen2.5-VL-7B.
 PAPER = {
     ("base", "direct"): 23.86,
@@ -88,6 +90,9 @@ EFFECTS = [
     Effect("Fig. 3: RL makes reasoning and answer agree", "rl consistency", "sft consistency"),
     Effect("RL makes the answer follow a swapped reasoning", "rl moved", "sft moved"),
     Effect("RL with thinking beats RL without", "rl think", "rl_direct direct"),
+    Effect("Locating: RL raises the mean IoU over SFT", "locate_rl direct", "locate_sft direct"),
+    Effect("Predicted boxes beat none (RL, think)", "rl_predicted think", "rl_whole think"),
+    Effect("True boxes beat predicted ones (RL, think)", "rl think", "rl_predicted think"),
 ]
 # Points. A skill is kept when its interval excludes a larger loss, lost when all of it is larger;
 # two arms are equivalent when it excludes a larger difference.
@@ -100,10 +105,19 @@ STEPS = 10  # at a run's beginning and at its end: what sampled answers earn
 
 def read_items(folder: Path) -> dict[str, dict[str, tuple[float, str, str]]]:
     """Measure -> item -> (value 0 to 1, patient, class) of one evaluation."""
-    names = ("direct", "think", "format", "invalid", "coverage", "consistency", "judge right")
+    names = (
+        "direct",
+        "think",
+        "half",
+        "format",
+        "invalid",
+        "coverage",
+        "consistency",
+        "judge right",
+    )
     items = {name: dict() for name in (*names, "skill", "moved", "stayed", "without")}
     for row in read_log(folder / "predictions.jsonl"):
-        values = {row["mode"]: row["correctness"]}
+        values = {row["mode"]: row["correctness"], "half": row["correctness"] > 0.5}
         if row["mode"] == "think":
             values |= {"format": row["format"], "invalid": 1 - row["validity"]}
             values["coverage"] = row["judged"] is not None
@@ -221,7 +235,7 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
 
 def cells(items: dict, arm: str, *measures: str) -> list[str]:
     """The arm's name, and of each measure the miniature's cell; after "+", the paper's, too."""
-    row = [ARMS[arm]]
+    row = [(ARMS | LOCATES)[arm]]
     for measure in measures:
         row.append(shares(items[arm], measure.strip("+")))
         if measure.endswith("+"):
@@ -282,7 +296,7 @@ def swap_table(items: dict) -> list[str]:
 def box_table(items: dict) -> list[str]:
     """What does a wrong box cost?"""
     rows = [["1", shares(items["sft"], "direct"), "", shares(items["rl"], "think"), ""]]
-    for pictures in WRONG_BOXES:
+    for pictures in DRAWN:
         row = [pictures.removeprefix("iou_")]
         for arm, mode in (("sft", "direct"), ("rl", "think")):
             wrong = f"{arm}_{pictures}"
@@ -291,12 +305,28 @@ def box_table(items: dict) -> list[str]:
         rows.append(row)
     title = (
         "**What a wrong box costs.** Accuracy where box and patch are drawn from a box of this "
-        "overlap (IoU) with the right one (whole: neither is drawn), and the paired difference to "
-        "IoU 1"
+        "overlap (IoU) with the right one (whole: from none; predicted: from the one that the "
+        "model below predicts), and the paired difference to IoU 1"
     )
     names = [f"{ARMS['sft']}, direct", f"{ARMS['rl']}, think"]
     header = ["IoU", names[0], "difference", names[1], "difference"]
     return table(title, header, rows)
+
+
+def locate_table(items: dict) -> list[str]:
+    """How well is the lesion found, and what of the true boxes' gain do predicted ones keep?"""
+    rows = [cells(items, arm, "direct", "half") for arm in LOCATES]
+    title = "**Locating the lesion** on clean slices, without thinking"
+    lines = table(title, ["", "mean IoU", "IoU above 0.5"], rows)
+    for arm, mode in (("sft", "direct"), ("rl", "think")):
+        kept = []
+        for seed in zip(items[arm], items[f"{arm}_predicted"], items[f"{arm}_whole"], strict=True):
+            if all(seed):
+                means = [np.mean([row[0] for row in one[mode].values()]) for one in seed]
+                kept.append(100 * (means[1] - means[2]) / (means[0] - means[2]))
+        lines.append(f"Of what the true box adds to no box, predicted ones keep: {ARMS[arm]} ")
+        lines[-1] += f"{mode} {cell(kept or [math.nan]) or 'failed'} %."
+    return [*lines, ""]
 
 
 def reward_table(out: Path, seeds: list[int], failed: dict[str, str]) -> list[str]:
@@ -378,8 +408,8 @@ def draw_effects(path: Path, found: list[list[dict] | str]) -> None:
 
 def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
     """Writes report.md and miniature.png of these seeds; returns the report."""
-    names = list(ARMS)
-    for pictures in WRONG_BOXES:
+    names = [*ARMS, *LOCATES]
+    for pictures in DRAWN:
         names += [f"sft_{pictures}", f"rl_{pictures}"]
     items = {name: [] for name in names}  # of each evaluation, by seed; None where it failed
     for name in names:
@@ -392,7 +422,12 @@ def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
     head = f"Seeds {', '.join(map(str, seeds))}; test items {', '.join(map(str, sizes))}."
     means = "All figures in %, greedy: the mean over seeds, in brackets each seed's."
     lines = [f"{head} {means} Chance: 14.3 %.", "", *paper_tables(items), *swap_table(items)]
-    lines += [*box_table(items), *reward_table(out, seeds, failed), *effects_table(found)]
+    lines += [
+        *box_table(items),
+        *locate_table(items),
+        *reward_table(out, seeds, failed),
+        *effects_table(found),
+    ]
     lines.append(f"Failed runs: {len(failed) or 'none'}.")
     lines += [f"- {name}: {why}" for name, why in failed.items()]
     text = "\n".join(lines) + "\n"

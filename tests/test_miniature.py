@@ -42,7 +42,7 @@ def test_whole_seeds_end_one_after_another_and_each_trains_before_it_is_asked(tm
     begun = []
     miniature.run_all(tmp_path, plan, 1, lambda out, name, command: begun.append(name))
     assert begun == list(plan)
-    assert len(plan) == 2 * 38
+    assert len(plan) == 2 * 47
     half = len(plan) // 2
     assert {name.split("/")[0] for name in begun[:half]} == {"seed0"}
     for name, (needs, _) in plan.items():
@@ -231,10 +231,14 @@ def test_the_three_measures_by_hand(tmp_path):
     earned = f"50.0 (50.0) | {all_of} | 50.0 (50.0) | {all_of}"
     assert f"| SFT + RL, all rewards | {earned} |" in text
     assert "| SFT + RL, without format | failed | failed | failed | failed |" in text
+    # Predicted boxes are right on half of the items, none on none: they keep all.
+    assert "predicted ones keep: SFT direct 100.0 (100.0) %." in text
+    assert "| predicted | 50.0 (50.0) | +0.0" in text
+    assert f"| base | {nothing} | {nothing} |" in text  # of locating
     same = "+0.0 (+0.0 to +0.0) | +0.0 | equivalent within 5 |"
     assert f"| Table 3: the farthest corner (SFT, direct) | none (open) | {same}" in text
     assert f"| RL with thinking beats RL without | none (+) | {same}" in text
-    assert "by chance alone 0.75 of 15 intervals would exclude 0." in text
+    assert "by chance alone 0.9 of 18 intervals would exclude 0." in text
 
 
 def test_the_figure_shows_seeds_intervals_and_the_papers_effects(tmp_path):
