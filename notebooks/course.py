@@ -33,7 +33,7 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 WORK = Path("notebooks/runs")
 BASE = "assets/tiny-qwen2.5-vl"
 # The whole miniature: name of the output folder -> script and flags. Seed 8 is the course's own:
-# the shipped base saw the phantoms of seed 1000, the README's table is about seeds 0 to 2.
+# the shipped base saw the phantoms of seed 1000, the README's table is about seeds 0 to 4.
 COMMANDS = {
     "slices": ("01_make_dataset", "--phantoms 160 --seed 8 --workers 1"),
     "zoom": ("02_zoom_augment", f"--data {WORK}/slices --workers 1"),
@@ -42,7 +42,10 @@ COMMANDS = {
     "sft_full": ("03_sft", f"--data {WORK}/zoom --model {BASE} --train full"),
     "sft_plain": ("03_sft", f"--data {WORK}/plain --model {BASE}"),
     "grpo": ("04_grpo", f"--data {WORK}/zoom --model {WORK}/sft"),
-    "eval": ("05_eval", f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo --overwrite"),
+    "eval": (
+        "05_eval",
+        f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo --swap-thinking --overwrite",
+    ),
 }
 LAST_FILE = ("dataset_info.json", "config.json", "table.md")  # what a stage writes when it is done
 
