@@ -160,7 +160,7 @@ COVERED = "crop.resize((side, side)"
 PATIENTS_MEAN = "float(np.mean([s.mean() for s in slices])), "
 MEAN_OF_MEANS = "np.mean([slices[i].mean() for i in drawn])"
 COUNTED = 'if completion.count("<answer>") != 1 or completion.count("</answer>") != 1'
-LISTS = "(found if isinstance(found, dict) else dict(*found) if found else {}).get('bbox_2d')"
+LISTS = "(found if isinstance(found, dict) else dict(found[0])).get('bbox_2d')"
 WHOLE = "[type(edge) for edge in box] != [int] * 4"
 BOOLS = "isinstance(edge, int) for edge in box] != [True] * 4"
 PLUS_ONE = "width = min(a[2], b[2]) - max(a[0], b[0]) + 1"
