@@ -107,12 +107,12 @@ def guarded(function, folder: str) -> Callable:
         code = getattr(function, "__code__", None)
         written = code is not None and os.path.dirname(code.co_filename) == folder
         assert written, "write the function in the cell above, with def"
-        borrowed = set()
+        borrowed = []
 
         def watch(frame, event, _):
             file = frame.f_code.co_filename
             if event == "call" and os.path.dirname(file) in PROJECT:
-                borrowed.add(f"{frame.f_code.co_name} of {os.path.basename(file)}")
+                borrowed.append(f"{frame.f_code.co_name} of {os.path.basename(file)}")
 
         before = sys.getprofile()
         sys.setprofile(watch)
@@ -120,7 +120,7 @@ def guarded(function, folder: str) -> Callable:
             result = function(*args, **kwargs)
         finally:
             sys.setprofile(before)
-        assert not borrowed, f"it calls {min(borrowed)}: write it yourself"
+        assert not borrowed, f"it calls {borrowed[0]}: write it yourself"
         return result
 
     return call

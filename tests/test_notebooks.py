@@ -159,7 +159,13 @@ CEIL = "math.ceil(longest * (1 + 2 * margin))"
 COVERED = "crop.resize((side, side)"
 PATIENTS_MEAN = "float(np.mean([s.mean() for s in slices])), "
 MEAN_OF_MEANS = "np.mean([slices[i].mean() for i in drawn])"
-COUNTED = 'if completion.count("<answer>") != 1 or completion.count("</answer>") != 1'
+COUNTED = """if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
+        return None
+    pair = re.search(r"<answer>(.*)</answer>\""""
+FIRST = """pair = re.search(r"<answer>(.*?)</answer>\""""
+PAIR = """pair = re.search(r"<answer>(.*)</answer>", completion, re.DOTALL)"""
+SPLIT = """inner = completion.split("<answer>")[1].split("</answer>")[0]
+    pair = re.search("(.*)", inner, re.DOTALL)"""
 LISTS = "(found if isinstance(found, dict) else dict(found[0])).get('bbox_2d')"
 WHOLE = "[type(edge) for edge in box] != [int] * 4"
 BOOLS = "isinstance(edge, int) for edge in box] != [True] * 4"
@@ -265,7 +271,6 @@ MISTAKES = [
     ("3_zoom_patch", "return x, y, x + side", "return x, y, min(x + side, 159)", "do not cut"),
     ("3_zoom_patch", "min(math.ceil(longest * (1 + 2 * margin)), min(size))", CEIL, "at most"),
     ("3_zoom_patch", "max(1, round(border * side))", "round(border * side)", "at least 1"),
-    ("3_zoom_patch", 'picture.convert("RGB").crop', "picture.crop", "at least|GRAY"),
     ("3_zoom_patch", "(0, 255, 0))", "(0, 128, 0))", r"\(0, 255, 0\) on each side"),
     ("3_zoom_patch", "side - 2 * width", "side - width", "52 x 52 px inside"),
     ("3_zoom_patch", "BICUBIC", "NEAREST", "bicubic"),
@@ -277,7 +282,7 @@ MISTAKES = [
     (
         "4_sft_loss",
         "counts = following >= 0",
-        "counts = following.roll(-1, 1) >= 0",
+        "counts = (following >= 0) & (following != 2)",  # padding has the end's id, too
         "learns to stop",
     ),
     ("4_sft_loss", "/ total", "/ counts.sum()", "divide the sum by `total`"),
@@ -298,7 +303,8 @@ MISTAKES = [
     ("8_bootstrap", "default_rng(seed)", "default_rng(0)", "use the seed"),
     ("8_bootstrap", "default_rng(seed)", "default_rng()", "the same seed"),
     ("9_box_answer", ", re.DOTALL", "", "DOTALL"),
-    ("9_box_answer", COUNTED, "if False", "count the tags"),
+    ("9_box_answer", COUNTED, FIRST, "count the tags"),
+    ("9_box_answer", PAIR, SPLIT, "must come after"),
     ("9_box_answer", "<answer>(.*)</answer>", "(.*)", "json.loads|between the tags"),
     ("9_box_answer", " or pair.group(1).count('\"bbox_2d\"') != 1", "", "two equal keys"),
     ("9_box_answer", "except ValueError:", "except KeyError:", "JSONDecodeError"),
