@@ -540,6 +540,32 @@ def test_every_cell_of_a_notebook_finds_its_names_in_those_before_it(name):
         known |= bound
 
 
+def test_the_cell_for_hosted_notebooks_clones_and_leaves_torch_alone(tmp_path, monkeypatch):
+    """Its commands are recorded, not run: nobody has tried it on a host."""
+    cell = re.search(r"```python\n(import importlib.+?)```", PLAN, re.S).group(1)
+    assert len(cell.splitlines()) <= 20 and "Nobody has run this yet" in PLAN
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        if command[0] == "git":
+            (tmp_path / command[-1] / "notebooks").mkdir(parents=True)
+            shutil.copy(ROOT / "requirements.txt", tmp_path / command[-1])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for _ in range(2):  # again, as after a restart
+        monkeypatch.chdir(tmp_path)
+        exec(cell, {})
+    assert [command[0] for command in commands] == ["git", sys.executable, sys.executable]
+    wanted = commands[1][5:]
+    assert "transformers" in " ".join(wanted) and not any("torch" in line for line in wanted)
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in wanted)
+    assert Path(sys.path[0]) == Path.cwd() == tmp_path / "medreason-r1" / "notebooks"
+
+
 # ==== slides ====
 
 
