@@ -212,11 +212,11 @@ def _chest(rng, side: int) -> tuple[np.ndarray, list[np.ndarray]]:
 def _region(rng, lung: np.ndarray, shape: str, category: str) -> np.ndarray:
     """The voxels of a lesion in `lung`, both bool [H, W, D].
 
-    On a slice of 140 px it is 15 to 28 px across; it is 5 to 8 slices high.
+    On a slice of 140 px it is 18 to 32 px across; it is 5 to 8 slices high.
     """
     side = len(lung)
     unit = side / 140
-    radius = rng.uniform(7.5, 14) * unit
+    radius = rng.uniform(9, 16) * unit
     middle = int(rng.integers(*ZONES.get(category, (4, 12))))
     half = rng.uniform(2.6, 4.2)
     z = (np.arange(DEPTH_SLICES) - middle) / half
@@ -230,7 +230,7 @@ def _region(rng, lung: np.ndarray, shape: str, category: str) -> np.ndarray:
         if category == "2e":
             rim &= gy > side * 0.58  # posterior
         cx, cy = rng.choice(np.argwhere(rim))
-        thick = rng.uniform(6, 10) * unit
+        thick = rng.uniform(7, 11) * unit
         reach = radius * 1.25
         arc = (gx - cx) ** 2 + (gy - cy) ** 2 < reach**2
         flat = (inward > 0) & (inward < thick) & arc
@@ -269,9 +269,9 @@ def _paint(rng, hu: np.ndarray, region: np.ndarray, texture: str) -> None:
         value = np.full_like(distance, rng.uniform(0, 60))
     elif texture == "hazy":
         veil = scipy.ndimage.gaussian_filter(rng.standard_normal(distance.shape), 3 * unit)
-        value = rng.uniform(-620, -500) + 40 * veil / veil.std()
+        value = rng.uniform(-620, -500) + 25 * veil / veil.std()
     elif texture == "ringed":
-        value = np.where(distance < 2.5, rng.uniform(-100, 50), lung + 100)
+        value = np.where(distance < 2.5, rng.uniform(-100, 50), lung + 60)
         value[distance < 1.2] = -960
     elif texture == "holed":
         value = np.where(distance < 2.6, -990, rng.uniform(-650, -560))
