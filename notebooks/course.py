@@ -49,7 +49,41 @@ COMMANDS = {
         "05_eval",
         f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo --swap-thinking --overwrite",
     ),
+    # Lesson 6. Half of the demo's 200 steps of GRPO: the course is to take minutes.
+    "clean": ("02_zoom_augment", f"--data {WORK}/slices --clean --workers 1"),
+    "locate_sft": ("03_sft", f"--task locate --data {WORK}/clean --model {BASE}"),
+    "locate": (
+        "04_grpo",
+        f"--task locate --prompt direct --steps 100 --data {WORK}/clean --model {WORK}/locate_sft",
+    ),
+    "where": (
+        "05_eval",
+        f"--task locate --think no --data {WORK}/clean "
+        f"--model {BASE} {WORK}/locate_sft {WORK}/locate --overwrite",
+    ),
+    # 02 --boxes takes one answer per record: those of one model under one prompt form.
+    "boxes": (
+        "05_eval",
+        f"--task locate --think no --data {WORK}/clean --model {WORK}/locate --overwrite",
+    ),
+    # `run` makes what a folder is named for, not what a file is: run "boxes" before it.
+    "predicted": (
+        "02_zoom_augment",
+        f"--data {WORK}/slices --boxes={WORK}/boxes/boxes.jsonl --workers 1",
+    ),
+    "whole": ("02_zoom_augment", f"--data {WORK}/slices --whole --workers 1"),
+    "jitter_0.7": ("02_zoom_augment", f"--data {WORK}/slices --jitter 0.7 --workers 1"),
+    "jitter_0.5": ("02_zoom_augment", f"--data {WORK}/slices --jitter 0.5 --workers 1"),
+    "jitter_0.3": ("02_zoom_augment", f"--data {WORK}/slices --jitter 0.3 --workers 1"),
+    "jitter_0": ("02_zoom_augment", f"--data {WORK}/slices --jitter 0 --workers 1"),
 }
+# How the diagnosis models of "eval" do on the other boxes.
+for name in ("predicted", "whole"):
+    flags = f"--data {WORK}/{name} --model {WORK}/sft {WORK}/grpo --no-skill --overwrite"
+    COMMANDS[f"eval_{name}"] = ("05_eval", flags)
+for name in ("jitter_0.7", "jitter_0.5", "jitter_0.3", "jitter_0"):
+    flags = f"--data {WORK}/{name} --model {WORK}/grpo --think yes --no-skill --overwrite"
+    COMMANDS[f"eval_{name}"] = ("05_eval", flags)
 LAST_FILE = ("dataset_info.json", "config.json", "table.md")  # what a stage writes when it is done
 
 

@@ -26,7 +26,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 COURSE = ROOT / "notebooks"
-LESSONS = ["1_dataset", "2_zoom", "3_sft", "4_grpo", "5_evaluation", "faq"]
+LESSONS = ["1_dataset", "2_zoom", "3_sft", "4_grpo", "5_evaluation", "6_locate", "faq"]
 EXERCISES = sorted(path.stem for path in COURSE.glob("exercises/*.ipynb"))
 PLAN = (COURSE / "README.md").read_text(encoding="utf-8")
 
