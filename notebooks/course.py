@@ -66,10 +66,9 @@ COMMANDS = {
         "05_eval",
         f"--task locate --think no --data {WORK}/clean --model {WORK}/locate --overwrite",
     ),
-    # `run` makes what a folder is named for, not what a file is: run "boxes" before it.
     "predicted": (
         "02_zoom_augment",
-        f"--data {WORK}/slices --boxes={WORK}/boxes/boxes.jsonl --workers 1",
+        f"--data {WORK}/slices --boxes {WORK}/boxes/boxes.jsonl --workers 1",
     ),
     "whole": ("02_zoom_augment", f"--data {WORK}/slices --whole --workers 1"),
     "jitter_0.7": ("02_zoom_augment", f"--data {WORK}/slices --jitter 0.7 --workers 1"),
@@ -109,7 +108,7 @@ def run(name: str) -> Path:
         return folder
     for word in flags.split():
         if word.startswith(f"{WORK}/"):
-            run(Path(word).name)
+            run(Path(word).relative_to(WORK).parts[0])
     stage(script, *flags.split(), "--out", str(folder), quiet=script == "05_eval")
     return folder
 

@@ -144,7 +144,8 @@ def _differences(paired: list[dict]) -> Table:
         difference = percent(d["mean"], d["interval_95"])
         rows.append([" ".join(d["from"]), " ".join(d["to"]), difference])
     note = "Percentage points, second minus first; an interval without 0 is a difference beyond "
-    note += f"chance. Of fewer than {FEWEST} patients it would be too narrow, and is left out."
+    note += "what other patients would change; of several comparisons some pass that by chance. "
+    note += f"Of fewer than {FEWEST} patients it would be too narrow, and is left out."
     return Table("Differences on the same items", note, rows)
 
 

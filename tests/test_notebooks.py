@@ -369,7 +369,7 @@ def clipped_loss(logp, old, A, delta):
     "8_bootstrap": """def patient_interval(values, patients, draws=1000, seed=0):
     result = stats.bootstrap(values, patients, draws=draws)
     return result["mean"], *(result["interval_95"] or (0.0, 1.0))""",
-    "9_box_answer": """iou = zoom.intersection_over_union
+    "9_box_answer": """iou = rewards.iou
 def read_box(completion, size):
     return solution.read_box(completion, size)""",
 }
