@@ -14,6 +14,7 @@ Without real data it makes synthetic chests ("phantoms") in the same formats and
     python 01_make_dataset.py                       the demo, half a minute
     python 01_make_dataset.py --rexgroundingct /data/rex --list-ct > ct.txt   which CTs to download
     python 01_make_dataset.py --rexgroundingct /data/rex --ct-rate /data/ct --out data/ct_rate_vqa
+    ... --index /data/rex/MICCAI_challenge_dataset.json --out data/challenge    to test on alone
 
 The paper: 3,042 volumes, 68,581 training and 15,507 test slices. The same command goes on where an
 interrupted one stopped. --out is for datasets.load_dataset("imagefolder", data_dir=...): train/ and
@@ -22,6 +23,7 @@ test/ hold images and metadata.jsonl, one line per record, which is one finding 
     file_name, id, volume, patient   the picture, and whose it is
     slice, finding                   counted from the feet, and its number in the report
     box, boxes                       [x0, y0, x1, y1] in px, end-exclusive: the largest, and all
+    slice_boxes                      those of every finding on the slice, also without a class
     category, label, text            ReXGroundingCT's code, its class, the report's sentence
     question, answer                 see rewards.py
 
@@ -34,7 +36,6 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
@@ -45,10 +46,9 @@ import nibabel as nib
 import numpy as np
 import scipy  # scipy.ndimage is loaded at its first use
 from PIL import Image
-from tqdm import tqdm
 
 from assets.phantom import write_phantoms
-from rewards import CLASSES, QUESTION, target
+from rewards import CLASSES, QUESTION, area, target
 from support.files import (
     MIN_SIDE,
     BadInput,
@@ -62,8 +62,16 @@ from support.files import (
 )
 from support.log import save_figure
 from support.nifti import Nifti, picture_planes, read_header, read_slabs
-from support.records import OUTPUTS, area, write_records
-from support.rexgroundingct import Case, ct_rate_path, fault, find_ct, finding_axis, read_cases
+from support.records import OUTPUTS, write_records
+from support.rexgroundingct import (
+    Case,
+    ct_rate_path,
+    fault,
+    find_ct,
+    finding_axis,
+    read_cases,
+    report_skipped,
+)
 from support.stage import bounded, finite, fraction, natural, parallel, positive_int
 
 DEMO = {"phantoms": 360}
@@ -236,6 +244,7 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, folder: Path, settings: d
         axis = finding_axis(mask.shape, case)
         planes = picture_planes(lesions, mask.shape, axis, transform)
         boxes, present = boxes_by_slice(planes, len(case.keys), settings["min_box_fraction"])
+        every = [dict(found) for found in boxes]
         drop_findings(case, mask.path, boxes, present, result)
         chosen = choose_slices(boxes, settings["cap"], settings["max_slices"])
         slices = {k for k, _ in chosen}
@@ -248,7 +257,8 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, folder: Path, settings: d
         path = folder / "images" / f"{case.volume}_s{k:04d}.png"
         write_atomic(path, png_bytes(Image.fromarray(picture)))
     for k, f in chosen:
-        result.records.append(make_record(case, k, f, boxes[f][k]))
+        around = [box for found in every for box in found.get(k, [])]
+        result.records.append(make_record(case, k, f, boxes[f][k], around))
     keep(folder.parent / f".work/{case.volume}.json", asdict(result))  # last: it means finished
     return result
 
@@ -269,7 +279,7 @@ def drop_findings(case: Case, mask: Path, boxes: list, present: np.ndarray, resu
             result.too_small += 1
 
 
-def make_record(case: Case, k: int, f: int, boxes: list[list[int]]) -> dict:
+def make_record(case: Case, k: int, f: int, boxes: list[list[int]], around: list) -> dict:
     """One line of metadata.jsonl: finding `f` on slice `k`. Its keys are explained above."""
     label = CLASS_OF[case.categories[f]]
     return {
@@ -281,6 +291,7 @@ def make_record(case: Case, k: int, f: int, boxes: list[list[int]]) -> dict:
         "finding": int(case.keys[f]),
         "box": boxes[0],
         "boxes": boxes,
+        "slice_boxes": around,
         "category": case.categories[f],
         "label": label,
         "text": case.texts[f],
@@ -298,16 +309,6 @@ def read_result(folder: Path, case: Case) -> Result | None:
 
 
 # ==== 6. The folder ====
-
-
-def report_skipped(faults: list[dict], strict: bool) -> None:
-    """Prints one line per fault; with `strict` the first raises BadInput."""
-    for row in faults:
-        finding = f", finding {row['finding']}" if row["finding"] else ""
-        line = f"{row['volume']}{finding}: {row['reason']}"
-        if strict:
-            raise BadInput(f"{line} (--strict)")
-        tqdm.write(f"skipped: {line}", file=sys.stderr)
 
 
 def count_records(records: dict[str, list[dict]]) -> dict[str, dict]:
@@ -378,6 +379,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rexgroundingct", type=Path, metavar="DIR", help="with dataset.json and segmentations/")
     add("--ct-rate", type=Path, metavar="DIR", help="CTs: CT-RATE's own tree, or one flat folder")
     volumes = bounded(int, 1, 100_000, "a whole number from 1 to 100,000")
+    add("--index", type=Path, metavar="FILE", help="in place of dataset.json: all is for testing")
     add("--phantoms", type=volumes, metavar="N", help="synthetic volumes (default 360)")
     add("--list-ct", action="store_true", help="print the CT-RATE paths that are needed, and stop")
     add = parser.add_argument_group("what is kept").add_argument
@@ -395,8 +397,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--strict", action="store_true", help="stop at the first bad volume or finding")
     args = parser.parse_args(argv)
     real = [args.rexgroundingct, args.ct_rate]
-    if args.list_ct and args.rexgroundingct is None:
-        parser.error("--list-ct needs --rexgroundingct")
+    if (args.list_ct or args.index) and args.rexgroundingct is None:
+        parser.error("--list-ct and --index need --rexgroundingct")
     if real.count(None) == 1 and not args.list_ct:
         parser.error("--rexgroundingct and --ct-rate go together: masks are useless without CTs")
     if real.count(None) < 2 and args.phantoms:
@@ -413,23 +415,26 @@ def build(args: argparse.Namespace) -> None:
     """Builds or completes --out: the same bytes for any number of workers, interrupted or not."""
     rex, ct_rate, count = args.rexgroundingct, args.ct_rate, 0
     if args.list_ct:
-        cases, skipped = read_cases(rex / "dataset.json")
+        cases, skipped = read_cases(args.index or rex / "dataset.json")
         report_skipped(skipped, args.strict)
         print(*map(ct_rate_path, cases), sep="\n")
         return
     if rex is None:
         count = args.phantoms or DEMO["phantoms"]
-        volumes = f"{count} phantom volumes, seed {args.seed}"
-        print(f"no real data given: {volumes} (DEMO = {DEMO})", flush=True)
+        print(f"no real data given: {count} phantoms, seed {args.seed} (DEMO = {DEMO})", flush=True)
         root = args.out.parent / "phantoms" / f"{count}_seed{args.seed}"
         rex, ct_rate = write_phantoms(root, count, args.seed, args.workers)
+    index = args.index or rex / "dataset.json"
     settings = {name: getattr(args, name) for name in DECIDING} | {"phantoms": count}
-    settings["dataset_sha256"] = hashlib.sha256(read_bytes(rex / "dataset.json")).hexdigest()
-    cases, skipped = read_cases(rex / "dataset.json")
+    settings["dataset_sha256"] = hashlib.sha256(read_bytes(index)).hexdigest()
+    cases, skipped = read_cases(index)
+    split_of = split_patients({case.patient for case in cases}, args.test_fraction, args.seed)
+    if args.index:  # its masks are exhaustive: it is for testing, and is not mixed into training
+        split_of = dict.fromkeys(split_of, "test")
+        settings["index"] = index.name
     record = {"script": "01_make_dataset.py", **settings}
     claim(args.out, record, OUTPUTS, overwrite=args.overwrite, inputs=(rex, ct_rate))
     report_skipped(skipped, args.strict)
-    split_of = split_patients({case.patient for case in cases}, args.test_fraction, args.seed)
     results, jobs = [], []
     for case in cases:
         folder = args.out / split_of[case.patient]

@@ -21,12 +21,21 @@ The boxes are the annotators'. What does a wrong one cost? Evaluate a model on t
     python 02_zoom_augment.py --jitter 0.5    red and patch: a box that has an IoU of 0.5 with it
     python 02_zoom_augment.py --whole         no box: red and patch take the whole slice
 
+Without annotators a model must find the lesion first: it learns that on clean slices (03 and 04
+with --task locate), and the boxes that it predicts are drawn in place of theirs:
+
+    python 02_zoom_augment.py --clean                         neither red box nor patch
+    python 02_zoom_augment.py --boxes runs/locate/boxes.jsonl     what 05 --task locate wrote
+
 The patch hides the front of one lung, at times the lesion itself; `--patch-corner auto` puts it
 where it hides least of the box, as far from it as can be.
 
 --out is the twin of --data, the same records and ids, but with one RGB picture per record: of 01's
-keys only file_name changes, and patch is added, the patch's side in px (0: none). Where --jitter or
---whole draw another box than the record's own, which stays, drawn_box is added. dataset_info.json
+keys only file_name changes, and patch is added, the patch's side in px (0: none). Where another box
+is drawn than the record's own, which stays, drawn_box is added. With --clean, question and answer
+are those of locating, and boxes all of the slice, the record's own first; with --name-finding the
+question has the report's words, and boxes are those of this finding. Of --boxes only the records
+that the file names are drawn; where it has no box, the whole slice is taken. dataset_info.json
 gets the flags as "zoom" and, of a folder with patches, "patch_statistics":
 
     magnification    min, quartiles and max over the records: the patch's inner side / the crop's
@@ -44,14 +53,13 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 from contextlib import closing
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from rewards import CLASSES
+from rewards import CLASSES, area, shared_area
 from support.files import (
     BadInput,
     claim,
@@ -61,12 +69,12 @@ from support.files import (
     read_bytes,
     write_atomic,
 )
+from support.grounding import ask_where, jitter_box, read_boxes
 from support.log import save_figure
-from support.records import OUTPUTS, SPLITS, area, dataset_info, read_records, write_records
+from support.records import OUTPUTS, SPLITS, dataset_info, read_records, write_records
 from support.stage import fraction, natural, non_negative, parallel
 
 CHUNK = 64  # records per job: large enough that handing jobs to the workers costs nothing
-DRAWS, NEAR = 3000, 0.005  # boxes tried for one of a given IoU, and which is near enough
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
 
@@ -81,90 +89,20 @@ def check_box(size: tuple[int, int], box: list[int]) -> None:
         raise BadInput(f"the box {list(box)} does not lie in the picture of {width} x {height} px")
 
 
-def shared_area(a: list[int], b: list[int]) -> int:
-    """The area that two boxes share, px."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return max(width, 0) * max(height, 0)
-
-
-def intersection_over_union(a: list[int], b: list[int]) -> float:
-    """The area that two boxes share, of the area that they cover together."""
-    shared = shared_area(a, b)
-    return shared / (area(a) + area(b) - shared)
-
-
-def jitter_box(size: tuple[int, int], box: list[int], iou: float, name: str) -> list[int]:
-    """A box in the picture of `size` that is wrong by a given amount: its IoU with `box` is `iou`.
-
-    It is `box`, scaled by a factor from `iou` to 1 / `iou` and moved, both at random: the first of
-    such boxes that is near enough, or the nearest. For a box as large as 01's (0.5 % of the slice)
-    and an `iou` up to 0.9 it is off by at most 0.005 on 512 px, 0.03 on 140 px (0.01 up to 0.7). 1
-    is `box` itself, 0 a box beside it. `name`, the record's id, seeds the draws.
-    """
-    generator = random.Random(f"jitter {name}")
-    if iou == 0:
-        return box_beside(size, box, generator)
-    nearest, least = list(box), 1 - iou
-    for _ in range(DRAWS):
-        scale = iou ** generator.uniform(-1, 1)
-        x0, x1 = _jitter_edges(size[0], box[0], box[2], iou, scale, generator)
-        y0, y1 = _jitter_edges(size[1], box[1], box[3], iou, scale, generator)
-        drawn = [x0, y0, x1, y1]
-        error = abs(intersection_over_union(drawn, box) - iou)
-        if error < least:
-            nearest, least = drawn, error
-        if error <= NEAR:
-            break
-    return nearest
-
-
-def _jitter_edges(
-    length: int, low: int, high: int, iou: float, scale: float, generator: random.Random
-) -> tuple[int, int]:
-    """The scaled edges `low` and `high` of a box, somewhere in the picture's 0 to `length`."""
-    overlap = math.ceil(iou * (high - low))  # with less in common the IoU is out of reach
-    side = round((high - low) * scale + generator.uniform(-1, 1))  # few px have few scales
-    side = min(max(side, overlap), length)
-    first, last = low + overlap - side, high - overlap
-    start = generator.randint(max(first, 0), min(last, length - side))
-    return start, start + side
-
-
-def box_beside(size: tuple[int, int], box: list[int], generator: random.Random) -> list[int]:
-    """A box of the size of `box` that does not touch it: at least 1 px lies between them.
-
-    Where no side of `box` has room for it, it is as much smaller as it must be. Raises BadInput
-    when `box` leaves no room at all.
-    """
-    width, height = size
-    x0, y0, x1, y1 = box
-    strips = [(0, 0, x0 - 1, height), (x1 + 1, 0, width, height)]
-    strips += [(0, 0, width, y0 - 1), (0, y1 + 1, width, height)]
-    rooms = []
-    for strip in strips:
-        across, down = (strip[2] - strip[0]) / (x1 - x0), (strip[3] - strip[1]) / (y1 - y0)
-        rooms.append((min(across, down, 1), strip))
-    scale = max(rooms)[0]
-    if scale <= 0:
-        raise BadInput(f"the box {list(box)} leaves no room beside it; --jitter above 0 needs none")
-    left, top, right, bottom = generator.choice([s for room, s in rooms if room == scale])
-    across, down = max(1, int((x1 - x0) * scale)), max(1, int((y1 - y0) * scale))
-    x, y = generator.randint(left, right - across), generator.randint(top, bottom - down)
-    return [x, y, x + across, y + down]
-
-
-def box_to_draw(size: tuple[int, int], record: dict, wrong: dict) -> list[int]:
+def box_to_draw(size: tuple[int, int], record: dict, instead: dict) -> list[int]:
     """The box that red line and patch are drawn from.
 
-    `wrong` is {"jitter": IoU}, {"whole": True}, or empty for the record's own box. Raises BadInput
-    when that does not lie in the picture of `size`.
+    `instead` is {"jitter": IoU}, {"whole": True}, {"boxes": a digest} for the record's drawn_box,
+    or empty for its own box. Raises BadInput when a box does not lie in the picture of `size`.
     """
     check_box(size, record["box"])
-    if "whole" in wrong:
+    if "boxes" in instead and record["drawn_box"]:
+        check_box(size, record["drawn_box"])
+        return record["drawn_box"]
+    if "whole" in instead or "boxes" in instead:
         return [0, 0, *size]
-    if "jitter" in wrong:
-        return jitter_box(size, record["box"], wrong["jitter"], record["id"])
+    if "jitter" in instead:
+        return jitter_box(size, record["box"], instead["jitter"], record["id"])
     return record["box"]
 
 
@@ -303,21 +241,24 @@ def augment(
     return result
 
 
-def draw_records(records: list[dict], folder: Path, zoom: dict, wrong: dict) -> list[tuple]:
+def draw_records(records: list[dict], folder: Path, zoom: dict, instead: dict) -> list[tuple]:
     """Draws the pictures of some records in `folder`, their split's.
 
-    `zoom` are the arguments of `augment`, `wrong` is that of `box_to_draw`. Returns pairs, the new
+    `zoom` are the arguments of `augment`, `instead` is that of `box_to_draw`, or has "clean" for
+    nothing at all. Returns pairs, the new
     record and its `patch_figures`, None without a patch. Pictures that are there are kept: they
     appear by rename, so they are whole.
     """
-    drawn = []
+    results = []
     for record in records:
         try:
             picture = open_picture(record["image"])
-            box = box_to_draw(picture.size, record, wrong)
+            box = box_to_draw(picture.size, record, instead)
             path = inside(folder, f"images/{record['id']}.png")
             if not os.path.isfile(path):
-                write_atomic(path, png_bytes(augment(picture, box, **zoom)))
+                clean = "clean" in instead
+                drawn = picture.convert("RGB") if clean else augment(picture, box, **zoom)
+                write_atomic(path, png_bytes(drawn))
             figures = patch_figures(picture.size, box, zoom) if zoom["patch"] else None
         except BadInput as error:
             raise BadInput(f"record {record['id']}: {error}") from error
@@ -326,8 +267,8 @@ def draw_records(records: list[dict], folder: Path, zoom: dict, wrong: dict) -> 
         new["patch"] = patch_side(picture.size, zoom["patch"])
         if box != record["box"]:
             new["drawn_box"] = box
-        drawn.append((new, figures))
-    return drawn
+        results.append((new, figures))
+    return results
 
 
 # ==== 4. The folder ====
@@ -398,21 +339,36 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = group.add_mutually_exclusive_group().add_argument
     add("--jitter", type=fraction, metavar="IOU", help="drawn from a box of this IoU with the true")
     add("--whole", action="store_true", help="drawn from none: the whole slice is taken as the box")
+    add(
+        "--boxes", type=Path, metavar="FILE", help="drawn from those that 05 --task locate predicts"
+    )
+    add(
+        "--clean", action="store_true", help="nothing is drawn; the question is where the lesion is"
+    )
+    text = "with --clean: ask for the finding in the report's words, not for the lesion"
+    parser.add_argument("--name-finding", action="store_true", help=text)
     args = parser.parse_args(argv)
     if args.patch == 0 or args.margin > 10 or not 0 < args.border < 0.5:
         parser.error("--patch and --border begin above 0; --border ends below 0.5, --margin at 10")
     if (args.image is None) != (args.box is None):
         parser.error("--image and --box go together")
-    if args.image and (args.data or args.whole or args.jitter is not None or not args.out):
-        parser.error("--image needs --out, a file, and takes no --data, --jitter or --whole")
-    if args.no_patch:
+    other = args.whole or args.jitter is not None or args.boxes or args.clean
+    if args.image and (args.data or other or not args.out):
+        parser.error("--image needs --out, a file, and takes neither --data nor another box")
+    if args.name_finding and not args.clean:
+        parser.error("--name-finding goes with --clean")
+    if args.no_patch or args.clean:
         args.patch = 0.0
     args.data = args.data or Path("data/ct_rate_vqa")
     default = "data/ct_rate_vqa_nopatch" if args.no_patch else "data/ct_rate_vqa_zoom"
+    if args.clean:
+        default = "data/ct_rate_vqa_clean"
     if args.whole:
         default += "_whole"
     if args.jitter is not None:
         default += f"_jitter_{args.jitter:g}"
+    if args.boxes:
+        default += "_predicted"
     args.out = args.out or Path(default)
     return args
 
@@ -437,16 +393,30 @@ def draw(args: argparse.Namespace) -> None:
         print(f"{out}: the slice as the model is shown it")
         return
 
-    wrong = {"whole": True} if args.whole else {}
+    instead = {}
+    for key in ("whole", "clean", "name_finding"):
+        if getattr(args, key):
+            instead[key] = True
     if args.jitter is not None:
-        wrong["jitter"] = args.jitter
+        instead["jitter"] = args.jitter
     records, info, source = read_source(args.data)
-    settings = {"script": "02_zoom_augment.py", **zoom, **wrong, "source_sha256": source}
+    if args.boxes:
+        boxes = read_boxes(args.boxes)
+        instead["boxes"] = hashlib.sha256(read_bytes(args.boxes)).hexdigest()
+        for split, rows in records.items():
+            named = [row for row in rows if row["id"] in boxes]
+            records[split] = [row | {"drawn_box": boxes[row["id"]]} for row in named]
+        if not any(records.values()):
+            raise BadInput(f"{args.boxes}: names no record of {args.data}")
+    if args.clean:
+        for split, rows in records.items():
+            records[split] = [ask_where(row, args.name_finding) for row in rows]
+    settings = {"script": "02_zoom_augment.py", **zoom, **instead, "source_sha256": source}
     claim(out, settings, OUTPUTS, overwrite=args.overwrite, inputs=(args.data,))
     jobs = []
     for split in SPLITS:
         for first in range(0, len(records[split]), CHUNK):
-            jobs.append((records[split][first : first + CHUNK], out / split, zoom, wrong))
+            jobs.append((records[split][first : first + CHUNK], out / split, zoom, instead))
     new, figures = {}, []
     with closing(parallel(draw_records, jobs, args.workers, "records")) as finished:
         for drawn in finished:
@@ -456,13 +426,18 @@ def draw(args: argparse.Namespace) -> None:
     for split in SPLITS:
         write_records(out / split, [new[record["id"]] for record in records[split]])
     draw_overview(records, new, out)
-    info |= {"stage": "02", "zoom": zoom | wrong}
+    info |= {"stage": "02", "zoom": zoom | instead}
+    if args.boxes:
+        info["records"] = {split: len(rows) for split, rows in records.items()}
     size = ""
     if zoom["patch"] and figures:
         info["patch_statistics"] = patch_statistics(figures)
         size = f", median magnification {info['patch_statistics']['magnification']['median']:.1f}"
     write_atomic(out / "dataset_info.json", json.dumps(info, indent=1))
-    print(f"{out}: {info['records']} records{size}; see overview.png; next: 03_sft.py --data {out}")
+    following = "05_eval.py" if args.boxes else "03_sft.py"
+    print(
+        f"{out}: {info['records']} records{size}; see overview.png; next: {following} --data {out}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

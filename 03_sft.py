@@ -60,8 +60,9 @@ import rewards
 from support import checkpoint, distributed, vlm
 from support.distributed import World
 from support.files import BadInput
+from support.grounding import questions
 from support.log import Log, plot_curves
-from support.records import ahead, batch_indices, load_split, pictures
+from support.records import ahead, batch_indices, load_split
 from support.stage import (
     Interrupted,
     bounded,
@@ -82,12 +83,12 @@ CLIP_NORM = 1.0  # of the gradient; the paper does not say
 # ==== 1. Batches ====
 
 
-def encode(records: list[dict], processor: vlm.Processor) -> dict:
+def encode(records: list[dict], processor: vlm.Processor, task: str = "diagnose") -> dict:
     """One micro-batch under the direct prompt, its answers' tokens as labels."""
-    prompts = [rewards.prompt(record["question"], "direct") for record in records]
-    answers = [rewards.target(record["label"]) for record in records]
+    images, prompts, truths = questions(records, processor, "direct", task)
+    answers = [rewards.target(one, task) for one in truths]
     ids = [record["id"] for record in records]
-    return vlm.encode(processor, pictures(records), prompts, answers, ids)
+    return vlm.encode(processor, images, prompts, answers, ids)
 
 
 # ==== 2. Loss ====
@@ -136,6 +137,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data and model").add_argument
     add("--data", type=Path, default=Path("data/ct_rate_vqa_zoom"), help="02's folder")
+    add("--task", choices=rewards.TASKS, default="diagnose", help="locate: --data is 02 --clean's")
     add("--model", default=str(vlm.TINY), help="folder or hub id; default: the shipped tiny model")
     add("--out", type=Path, default=Path("runs/sft"), help="where the checkpoint goes")
     add("--train", choices=vlm.TRAIN, default="merger", help="what is trained (merger)")
@@ -164,7 +166,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def sft(args: argparse.Namespace) -> None:
     """Trains, with everything frozen but the chosen MLPs, and leaves the checkpoint in --out."""
     world = distributed.start()
-    records = load_split(args.data, "train")
+    records = load_split(args.data, "train", args.task)
     distributed.check_batch("--batch-size", args.batch_size, world, args.shard)
     checkpoint.open_run(args, world)
     steps = args.max_steps or math.ceil(args.epochs * len(records) / args.batch_size)
@@ -172,7 +174,7 @@ def sft(args: argparse.Namespace) -> None:
     # ---- model and optimiser ----
     model, trained = distributed.load_for_training(args, world)
     processor = vlm.load_processor(args.model)
-    trial = vlm.try_out(model, processor, records, "direct", world.device)
+    trial = vlm.try_out(model, processor, records, "direct", args.task, world.device)
     vlm.check_room(model, trial, args.batch_size / world.size)
     count = sum(parameter.numel() for parameter in trained.values())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -198,7 +200,7 @@ def sft(args: argparse.Namespace) -> None:
         micro_batches = []
         for first in range(0, len(indices), args.micro_batch):
             chunk = indices[first : first + args.micro_batch]
-            micro_batches.append(encode([records[i] for i in chunk], processor))
+            micro_batches.append(encode([records[i] for i in chunk], processor, args.task))
         return micro_batches
 
     # ---- the loop ----

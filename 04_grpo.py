@@ -3,7 +3,7 @@
 Paper, Section 2.2. One step, in the order of the code below, for each prompt x of a batch:
 
     1. rollout      y_1 .. y_N ~ pi_theta_old( . | x) under the prompt of --prompt      N = 5
-    2. rewards      R_i = 1 * format + 1 * validity + 2 * correctness                   rewards.py
+    2. rewards      R_i = 1 * format + 1 * validity + 2 * correctness (or IoU)          rewards.py
     3. advantages   A_i = (R_i - mean(R)) / (std(R) + 1e-4)                             ddof 1
     4. loss         rho = pi_theta(y_t) / pi_theta_old(y_t)
                     L   = - min(rho A, clip(rho, 1 - delta, 1 + delta) A) + beta_kl * k3
@@ -27,8 +27,7 @@ length), and metrics.jsonl with one line per step, means over the whole global b
     step, lr                              from 1; the learning rate
     reward, format, validity, correctness mean weighted reward and its unweighted parts
     tokens, truncated                     mean length, EOS counted; share cut off
-    loss                                  mean over inner epochs; near 0 on-policy, since a group's
-                                          advantages sum to 0
+    loss                                  over inner epochs; near 0: a group's advantages sum to 0
     kl                                    k3 estimate of KL(policy, reference), weighted like the
                                           loss, as are the next two
     clip_fraction                         share of tokens where the clipped term is the minimum
@@ -58,8 +57,9 @@ from support import checkpoint, distributed, vlm
 from support.distributed import World
 from support.engine import Rollout, as_input, can_pack, gather_logprobs, packed_logprobs, rollout
 from support.files import BadInput
+from support.grounding import questions
 from support.log import Log, numbers, plot_curves, read_log
-from support.records import ahead, batch_indices, load_split, pictures
+from support.records import ahead, batch_indices, load_split
 from support.stage import (
     Interrupted,
     at_least,
@@ -75,14 +75,8 @@ from support.stage import (
 )
 
 # Used instead of the defaults when --model descends from the tiny demo checkpoint.
-DEMO = {
-    "steps": 150,
-    "prompts_per_step": 16,
-    "micro_batch": 16,
-    "lr": 4e-4,
-    "inner_epochs": 2,
-    "max_new_tokens": 40,
-}
+DEMO = {"steps": 150, "prompts_per_step": 16, "micro_batch": 16, "lr": 4e-4, "inner_epochs": 2}
+DEMO["max_new_tokens"] = 40
 CLIP_NORM = 1.0  # of the gradient; the paper does not say
 CURVES = ["reward", "format", "validity", "correctness", "kl", "clip_fraction", "entropy", "tokens"]
 CURVES += ["grad_norm"]
@@ -144,7 +138,7 @@ class Sample:
     sample: int
     text: str
     label: str
-    predicted: str | None
+    predicted: str | list[int] | None  # to locate: a box on the model's grid
     format: float
     validity: float
     correctness: float
@@ -155,7 +149,7 @@ class Sample:
 
 
 def score_samples(
-    step: int, records: list[dict], roll: Rollout, processor, stops: list[int], args
+    step: int, records: list[dict], truths: list, roll: Rollout, processor, stops: list[int], args
 ) -> list[list[Sample]]:
     """The samples of each record's group with their rewards; advantages are filled in later."""
     groups, opening = [], vlm.opening(processor, roll.prompts)
@@ -164,7 +158,7 @@ def score_samples(
         for n in range(roll.tokens.shape[1]):
             mask = roll.mask[b, n]
             text = opening + vlm.decode(processor, roll.tokens[b, n][mask].tolist(), stops)
-            parts = rewards.reward(text, record["label"], args.reward_weights, args.prompt)
+            parts = rewards.reward(text, truths[b], args.reward_weights, args.prompt, args.task)
             sample = Sample(
                 step=step,
                 id=record["id"],
@@ -306,6 +300,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data and model").add_argument
     add("--data", type=Path, default=Path("data/ct_rate_vqa_zoom"), help="02's folder")
+    add("--task", choices=rewards.TASKS, default="diagnose", help="locate: --data is 02 --clean's")
     add("--model", default="runs/sft", help="the SFT checkpoint, also the KL's reference")
     add("--out", type=Path, default=Path("runs/grpo"), help="where the checkpoint goes")
     add("--train", choices=vlm.TRAIN, default="llm", help="what is trained (llm; paper: nothing)")
@@ -348,14 +343,14 @@ def grpo(args: argparse.Namespace) -> None:
     """Trains the policy and leaves its checkpoint in --out."""
     world = distributed.start()
     distributed.check_batch("--prompts-per-step", args.prompts_per_step, world, args.shard)
-    records = load_split(args.data, "train")
+    records = load_split(args.data, "train", args.task)
     checkpoint.open_run(args, world)
 
     # ---- policy, its twin for the rollout, frozen reference, optimiser ----
     model, trained = distributed.load_for_training(args, world)
     twin = distributed.load_twin(args, model, trained, world)
     processor = vlm.load_processor(args.model)
-    trial = vlm.try_out(twin, processor, records, args.prompt, world.device)
+    trial = vlm.try_out(twin, processor, records, args.prompt, args.task, world.device)
     rows = args.prompts_per_step / world.size
     vlm.check_room(twin, trial, rows, rows * args.group_size, args.max_new_tokens)
     stops = vlm.stop_ids(model, processor)
@@ -373,22 +368,22 @@ def grpo(args: argparse.Namespace) -> None:
         if not can_pack(model.config):
             print("not only full attention: scoring takes one row per sample, not one per prompt")
         print(f"training {args.train}: {count:,} parameters; {len(records)} prompts")
-        ranks = f"{world.size} processes x {args.prompts_per_step / world.size:g} prompts"
-        batch = f"{args.prompts_per_step} prompts x {args.group_size} = {ranks}"
-        print(f"{args.steps} steps of {batch}, {args.micro_batch} groups at a time")
+        batch = f"{args.prompts_per_step} prompts x {args.group_size} completions"
+        print(f"{args.steps} steps of {batch}; processes: {world.size}")
 
-    def load(step: int) -> tuple[list[int], dict]:
-        """The indices of this rank's prompts of one step, and their batch."""
+    def load(step: int) -> tuple[list[int], list, dict]:
+        """This rank's prompts of one step: indices, what is right, and their batch."""
         batch = batch_indices(len(records), args.prompts_per_step, step, args.seed)
         indices = world.share(batch)
         chosen = [records[i] for i in indices]
-        prompts = [rewards.prompt(record["question"], args.prompt) for record in chosen]
+        images, prompts, truths = questions(chosen, processor, args.prompt, args.task)
         ids = [record["id"] for record in chosen]
-        return indices, vlm.encode(processor, pictures(chosen), prompts, names=ids)
+        return indices, truths, vlm.encode(processor, images, prompts, names=ids)
 
     signals = distributed.defer_signals(world)
     bar = tqdm(total=args.steps, initial=done, desc="GRPO", unit="step", disable=not world.main)
-    for step, (indices, prompts) in enumerate(ahead(load, range(done, args.steps)), start=done + 1):
+    loaded = ahead(load, range(done, args.steps))
+    for step, (indices, truths, prompts) in enumerate(loaded, start=done + 1):
         began = time.perf_counter()
         distributed.seed_step(args.seed, step, world)
 
@@ -403,7 +398,7 @@ def grpo(args: argparse.Namespace) -> None:
 
         # ---- 2. rewards ----
         chosen = [records[i] for i in indices]
-        groups = score_samples(step, chosen, roll, processor, stops, args)
+        groups = score_samples(step, chosen, truths, roll, processor, stops, args)
         R = torch.tensor([[s.reward for s in group] for group in groups], device=world.device)
 
         # ---- 3. advantages ----
@@ -456,8 +451,7 @@ def grpo(args: argparse.Namespace) -> None:
     if world.main:
         plot_curves(args.out, CURVES)
         print_progress(read_log(args.out / "metrics.jsonl"))
-        print(f"{args.out}: RL checkpoint, metrics.jsonl, rollouts.jsonl, curves.png")
-        print("next: 05_eval.py")
+        print(f"{args.out}: RL checkpoint, logs, curves.png; next: 05_eval.py")
     world.close()
 
 

@@ -6,7 +6,7 @@ Prompts and parser are those of training (rewards.py).
     python 05_eval.py                                     the base, runs/sft and runs/grpo
     python 05_eval.py --model runs/sft runs/grpo --judge openai/gpt-oss-20b --textvqa val.json
     python 05_eval.py --model runs/grpo --image zoomed.png      one picture, drawn by 02 --image
-    torchrun --nproc-per-node 8 05_eval.py --data data/real_zoom --model runs/real_grpo
+    python 05_eval.py --task locate --data data/clean --model runs/locate    where is the lesion?
 
 Writes to --out predictions.jsonl (per answer: text, class read, truth, reward parts),
 general.jsonl (per general-skill answer: text, right answers, score), swapped.jsonl, metrics.json,
@@ -29,6 +29,10 @@ ChartQA and TextVQA weighted by their counts. "paired" are differences on the sa
 models or of the two prompt forms. Intervals: 95 % bootstrap over patients, null below ten; a record
 without "patient" is its own.
 
+--task locate, beyond the paper: boxes.jsonl, for 02 --boxes, holds per answer its box in px of the
+slice, null where none can be read, and its IoU with the right box that it meets best. metrics.json
+has their mean iou, half, the share above 0.5, invalid, format, and "paired" of the IoU.
+
 --swap-thinking: does the answer follow the reasoning? Consistency cannot tell: it is as high where
 a reasoning is made up to suit an answer. So the model goes on from the reasoning of another item,
 the donor, which the judge gives neither the own reasoning's class nor the own answer, and from an
@@ -39,9 +43,7 @@ empty one. Of the n items with a donor, those that "moved" answer with the donor
 from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)
 import argparse
 import functools
-import hashlib
 import json
-import random
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,19 +53,21 @@ import torch
 
 import rewards
 from assets import phantom
-from support import judge, tables, vlm, vqa_metrics
+from support import checkpoint, judge, tables, vlm, vqa_metrics
 from support.distributed import World, autocast, start, work_once
 from support.files import claim, digest, open_picture, read_bytes, write_atomic
+from support.grounding import box_in_picture, truth
 from support.records import load_split
 from support.report import write_report
 from support.stage import parse_flags, positive_int
 from support.stats import bootstrap, paired_differences
+from support.vqa_metrics import Skill, skills, summarise_general, weighted_average
 
 # Used instead of the defaults when every --model descends from the tiny demo checkpoint.
 DEMO = {"max_new_tokens": 40, "batch_size": 64, "skill": True}
 MODES = {"both": ("direct", "think"), "yes": ("think",), "no": ("direct",)}
 OUTPUTS = ("predictions.jsonl", "general.jsonl", "swapped.jsonl", "metrics.json", "table.md")
-OUTPUTS += ("confusion.png", "examples.png", "report.html")
+OUTPUTS += ("confusion.png", "examples.png", "report.html", "boxes.jsonl", "boxes.png")
 
 
 # ==== 1. Asking: greedy answers, batch by batch, each kept on disk ====
@@ -78,11 +82,14 @@ def answer(model, processor, images, prompts, tokens: int, device, begun=None) -
     batch, ends = vlm.encode_any(model, processor, images, prompts, begun)
     vlm.check_room(model, batch, len(prompts), len(prompts), tokens)
     with autocast(device):
-        rows = vlm.generate(model, vlm.to_device(batch, device), tokens, **ends)  # [B][T]
+        batch = vlm.to_device(batch, device)
+        rows = vlm.generate(model, batch, tokens, **ends)  # [B][T]
     opening = vlm.opening(processor, batch)
     if ends:
-        return [opening + vlm.decode(processor, row, ends["eos_token_id"]) for row in rows]
-    return [opening + text for text in processor.batch_decode(rows, skip_special_tokens=True)]
+        stops = ends["eos_token_id"]
+        return [opening + vlm.decode(processor, row, stops) for row in rows]
+    texts = processor.batch_decode(rows, skip_special_tokens=True)
+    return [opening + text for text in texts]
 
 
 def ask(name: str, place: Path, tasks: dict, args, world: World) -> dict[str, list[str]]:
@@ -101,7 +108,8 @@ def ask(name: str, place: Path, tasks: dict, args, world: World) -> dict[str, li
     texts = {}
     for task, items in tasks.items():
         desc = f"{Path(name).name}, {task}"
-        texts[task] = work_once(place / task, items, args.batch_size, work, world, desc, split > 1)
+        how = args.batch_size, work, world, desc, split > 1
+        texts[task] = work_once(place / task, items, *how)
     return texts
 
 
@@ -110,8 +118,9 @@ def general_sets(args: argparse.Namespace, records: list[dict]) -> dict[str, lis
     sets = {"skill": phantom.questions(records) if args.skill else []}
     for key in ("chartqa", "textvqa"):
         ten = key == "textvqa"
-        files = [vqa_metrics.read_questions(path, ten)[: args.limit] for path in getattr(args, key)]
-        sets[key] = sum(files, [])
+        sets[key] = []
+        for path in getattr(args, key):
+            sets[key] += vqa_metrics.read_questions(path, ten)[: args.limit]
     return {key: questions for key, questions in sets.items() if questions}
 
 
@@ -120,37 +129,21 @@ def general_sets(args: argparse.Namespace, records: list[dict]) -> dict[str, lis
 
 @dataclass
 class Diagnosis:
-    """One model's answer to one record under one prompt form."""
+    """One model's answer to one record under one prompt form, also to where the lesion is."""
 
     model: str
     mode: str  # "direct" or "think"
     id: str
     patient: str
-    label: str  # the truth
-    predicted: str | None  # None where no class can be read
-    format: float  # the reward's parts, 0 or 1 each
+    label: str  # the true class
+    predicted: str | list[int] | None  # class, or box in px; None where neither can be read
+    format: float  # the reward's parts, 0 to 1 each
     validity: float
-    correctness: float
+    correctness: float  # of a box: its IoU
     text: str
     judged: str | None = None  # under the think prompt: the judge's class
     kind = property(lambda row: row.mode)
     score = property(lambda row: row.correctness)
-
-
-@dataclass
-class Skill:
-    """One model's answer to one general-skill question."""
-
-    model: str
-    set: str
-    part: str | None
-    id: str
-    patient: str
-    question: str
-    answers: list[str]  # the right ones
-    text: str
-    score: float
-    kind = property(lambda row: row.set)
 
 
 def diagnoses(name: str, records: list[dict], mode: str, texts: list[str]) -> list[Diagnosis]:
@@ -164,20 +157,23 @@ def diagnoses(name: str, records: list[dict], mode: str, texts: list[str]) -> li
     return rows
 
 
-def skills(name: str, key: str, questions: list[dict], texts: list[str]) -> list[Skill]:
-    """What one model answers to one general-skill set, with the scores."""
-    rows = []
-    for q, text in zip(questions, texts, strict=True):
-        score = vqa_metrics.SCORES[key](vqa_metrics.bare(text), q["answers"])
-        patient = q.get("patient", q["image"].name)
-        asked = q["part"], q["id"], patient, q["question"], q["answers"]
-        rows.append(Skill(name, key, *asked, text, score))
+def locations(name: str, records: list[dict], mode: str, texts: list[str]) -> list[Diagnosis]:
+    """Where one model says that the lesion is, as `diagnoses`."""
+    processor, rows = vlm.any_processor(name), []
+    for record, text in zip(records, texts, strict=True):
+        size = open_picture(record["image"]).size
+        right = truth("locate", record, processor, size)
+        parts = rewards.reward(text, right, mode=mode, task="locate")
+        box = box_in_picture(text, processor, size)
+        scores = box, parts.format, parts.validity, parts.correctness
+        who = record["id"], record.get("patient", record["id"]), record["label"]
+        rows.append(Diagnosis(name, mode, *who, *scores, text))
     return rows
 
 
 def judge_rows(rows: list[Diagnosis], args: argparse.Namespace, world: World) -> None:
     """Sets `judged` under the think prompt: the class that the reasoning makes most probable."""
-    rows = [row for row in rows if row.mode == "think"]
+    rows = [row for row in rows if row.mode == "think" and args.task == "diagnose"]
     texts = sorted({rewards.reasoning(row.text) for row in rows} - {""})
     if args.judge == "keyword":
         verdicts = [judge.keyword_judge(text) for text in texts]
@@ -187,7 +183,7 @@ def judge_rows(rows: list[Diagnosis], args: argparse.Namespace, world: World) ->
         def work(batch: list[str]) -> list[str | None]:
             return load(args.judge, world.device)(batch)
 
-        who = [checkpoint_digest(args.judge), judge.PROMPT, judge.REPLY_TOKENS]
+        who = [checkpoint.digest_of(args.judge), judge.PROMPT, judge.REPLY_TOKENS]
         place = args.out / ".work" / f"judge-{digest(who)}"
         verdicts = work_once(place, texts, args.batch_size, work, world, "judge")
     by_text = dict(zip(texts, verdicts, strict=True))
@@ -195,23 +191,9 @@ def judge_rows(rows: list[Diagnosis], args: argparse.Namespace, world: World) ->
         row.judged = by_text.get(rewards.reasoning(row.text))
 
 
-def donors(rows: list[Diagnosis]) -> list[Diagnosis | None]:
-    """For each row another, drawn by the row's id alone; None where there is none.
-
-    The judge gives it neither the row's judged class nor its answered one: with the latter, a model
-    that always answers alike would seem to move.
-    """
-    drawn = []
-    for row in rows:
-        not_these = None, row.judged, row.predicted
-        others = [r for r in rows if row.judged and r.judged not in not_these]
-        drawn.append(random.Random(row.id).choice(others) if others else None)
-    return drawn
-
-
 def swap(name: str, place: Path, items: list, rows: list[Diagnosis], args, world) -> list[dict]:
     """One model's lines of swapped.jsonl, for its `items` and `rows` under the think prompt."""
-    given, tasks = donors(rows), {"swapped": [], "empty": []}
+    given, tasks = judge.donors(rows), {"swapped": [], "empty": []}
     for (image, prompt, _), donor in zip(items, given, strict=True):
         tasks["empty"].append([image, prompt, "<think></think>"])
         if donor:
@@ -243,7 +225,8 @@ def summarise(rows: list[Diagnosis]) -> dict:
     per_class, intervals = dict.fromkeys(rewards.CLASSES), {}
     for name, part in right["kinds"].items():
         per_class[name], intervals[name] = part["mean"], part["interval_95"]
-    result = {"n": len(rows), "accuracy": right["mean"], "interval_95": right["interval_95"]}
+    result = {"n": len(rows)}
+    result["accuracy"], result["interval_95"] = right["mean"], right["interval_95"]
     result["macro_accuracy"] = right["macro"]["mean"]
     result["macro_interval_95"] = right["macro"]["interval_95"]
     result["invalid"] = float(np.mean([row.predicted is None for row in rows]))
@@ -252,6 +235,20 @@ def summarise(rows: list[Diagnosis]) -> dict:
     result["confusion"] = confusion.tolist()
     if rows[0].mode == "think":
         result["judge"] = summarise_judge(rows)
+    return result
+
+
+def summarise_boxes(rows: list[Diagnosis]) -> dict:
+    """The metrics of one model that locates, under one prompt form."""
+    patients = [row.patient for row in rows]
+    result, scores = {"n": len(rows)}, {}
+    scores["iou"] = [row.score for row in rows]
+    scores["half"] = [row.score > 0.5 for row in rows]
+    for key, values in scores.items():
+        share = bootstrap(values, patients)
+        result |= {key: share["mean"], f"{key}_interval_95": share["interval_95"]}
+    result["invalid"] = float(np.mean([row.predicted is None for row in rows]))
+    result["format"] = float(np.mean([row.format for row in rows]))
     return result
 
 
@@ -265,36 +262,6 @@ def summarise_judge(rows: list[Diagnosis]) -> dict:
     return result | {"right": right["mean"], "interval_95": same["interval_95"]}
 
 
-def summarise_swap(lines: list[dict]) -> dict:
-    """Shares of answers that move or stay, which unreadable ones do not, or are right without."""
-    given = [line for line in lines if line["donor"]]
-    result = {"n": len(given)}
-    shares = [("moved", given, "swapped", "donor_class"), ("stayed", given, "swapped", "predicted")]
-    shares.append(("accuracy_without", lines, "empty", "label"))
-    for name, over, answered, wanted in shares:
-        hits = [line[answered] is not None and line[answered] == line[wanted] for line in over]
-        share = bootstrap(hits, [line["patient"] for line in over])
-        result |= {name: share["mean"], f"{name}_interval_95": share["interval_95"]}
-    return result
-
-
-def summarise_general(rows: list[Skill]) -> dict:
-    """The scores of one model on one set, whole and by part (ChartQA's human and augmented)."""
-    scores = np.array([row.score for row in rows])
-    result = {"n": len(rows), **bootstrap(scores, [row.patient for row in rows]), "parts": {}}
-    for name in sorted({row.part for row in rows if row.part}):
-        part = scores[[row.part == name for row in rows]]
-        result["parts"][name] = {"n": len(part), "mean": float(part.mean())}
-    return result
-
-
-def weighted_average(general: dict) -> float | None:
-    """Table 2's average of ChartQA and TextVQA, weighted by their sample counts."""
-    parts = [general[name] for name in ("chartqa", "textvqa") if name in general]
-    total = sum(part["n"] for part in parts)
-    return sum(part["n"] * part["mean"] for part in parts) / total if parts else None
-
-
 def measure(args, rows: list[Diagnosis], general: list[Skill], swapped: list[dict]) -> dict:
     """The content of metrics.json. Models go by their folder's name where that is unambiguous."""
     names = {name: Path(name).name for name in args.model}
@@ -303,19 +270,22 @@ def measure(args, rows: list[Diagnosis], general: list[Skill], swapped: list[dic
     groups, models = defaultdict(list), {}
     for row in [*rows, *general]:
         groups[row.model, row.kind].append(row)
+    summary = summarise_boxes if args.task == "locate" else summarise
     for name in args.model:
-        by_mode = {mode: summarise(groups[name, mode]) for mode in MODES[args.think]}
+        by_mode = {mode: summary(groups[name, mode]) for mode in MODES[args.think]}
         sets = dict.fromkeys(row.set for row in general)
         by_set = {key: summarise_general(groups[name, key]) for key in sets}
         model = {"path": name, "parameters": vlm.count_parameters(name)}
         model |= {"modes": by_mode, "general": by_set}
         if args.swap_thinking:
-            model["swap_thinking"] = summarise_swap([s for s in swapped if s["model"] == name])
+            lines = [line for line in swapped if line["model"] == name]
+            model["swap_thinking"] = judge.summarise_swap(lines)
         models[names[name]] = model | {"weighted_average": weighted_average(by_set)}
     labels = [row.label for row in groups[rows[0].model, rows[0].mode]]  # alike in all
     commonest = max(rewards.CLASSES, key=labels.count)
     share = labels.count(commonest) / len(labels)
-    metrics = {"n": len(labels), "commonest_class": {"name": commonest, "share": share}}
+    metrics = {"task": args.task, "n": len(labels)}
+    metrics["commonest_class"] = {"name": commonest, "share": share}
     metrics |= {"judge": args.judge, "models": models}
     return metrics | {"paired": paired_differences(groups, names)}
 
@@ -323,27 +293,23 @@ def measure(args, rows: list[Diagnosis], general: list[Skill], swapped: list[dic
 # ==== 4. Files: what --out holds ====
 
 
-def checkpoint_digest(name: str) -> str:
-    """Tells checkpoints apart: a hub id's commit, or a digest of a folder's content."""
-    folder, parts = Path(name), []
-    if not folder.is_dir():
-        return str(vlm.load_config(name)._commit_hash)
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".txt") and file.is_file():
-            with open(file, "rb") as content:
-                parts.append([file.name, hashlib.file_digest(content, "blake2b").hexdigest()])
-    return digest(parts)
-
-
 def open_out(args: argparse.Namespace) -> None:
     """Opens --out for these models, data and flags. Raises BadInput when it holds other results."""
     settings = {"script": "05_eval.py"}
-    settings["model"] = [[name, checkpoint_digest(name)] for name in args.model]
-    files = {"data": [args.data / "test" / "metadata.jsonl", args.data / "dataset_info.json"]}
+    settings["model"] = [[name, checkpoint.digest_of(name)] for name in args.model]
+    files = {"data": [args.data / "test/metadata.jsonl", args.data / "dataset_info.json"]}
     files |= {"chartqa": args.chartqa, "textvqa": args.textvqa}
     for flag, paths in files.items():
         settings[flag] = [digest(read_bytes(path)) for path in paths]
-    for flag in ("think", "limit", "max_new_tokens", "batch_size", "skill", "swap_thinking"):
+    for flag in (
+        "task",
+        "think",
+        "limit",
+        "max_new_tokens",
+        "batch_size",
+        "skill",
+        "swap_thinking",
+    ):
         settings[flag] = getattr(args, flag)
     anew = args.overwrite
     claim(args.out, settings, (*OUTPUTS, ".work/*"), go_on=not anew, overwrite=anew)
@@ -354,23 +320,32 @@ def write_results(args, records: list[dict], rows: list, general: list, swapped:
     metrics = measure(args, rows, general, swapped)
     shown = tables.tables(metrics)
     by_id = {record["id"]: record for record in records}
-    answers, cases = [], []
+    answers, boxes, cases = [], [], []
     for row in rows:
         line, record = asdict(row), by_id[row.id]
         if row.mode == "direct":  # no reasoning, no judge
             del line["judged"]
         answers.append(line)
         case = {"image": record["image"], "thinking": rewards.reasoning(row.text)}
-        cases.append(line | case | {"prompt": rewards.prompt(record["question"], row.mode)})
-    files = {"predictions": answers, "general": map(asdict, general), "swapped": swapped}
-    for name, lines in files.items():
+        case["prompt"] = rewards.prompt(record["question"], row.mode, args.task)
+        if args.task == "locate":
+            boxes.append({"id": row.id, "box": row.predicted, "iou": row.score})
+            case["predicted"] = str(row.predicted or "")
+            case["correctness"] = int(row.score > 0.5)
+        cases.append(line | case)
+    files = {"predictions": answers, "boxes": boxes, "swapped": swapped}
+    for name, lines in (files | {"general": map(asdict, general)}).items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         if text:
             write_atomic(args.out / f"{name}.jsonl", text)
     write_atomic(args.out / "table.md", tables.markdown(shown))
-    figures = {"Confusion": args.out / "confusion.png"}
-    tables.plot_confusion(figures["Confusion"], metrics["models"])
-    tables.plot_examples(args.out / "examples.png", cases[-len(records) :])
+    if args.task == "locate":
+        figures = {"From the best box to the worst": args.out / "boxes.png"}
+        tables.plot_boxes(args.out / "boxes.png", rows, by_id)
+    else:
+        figures = {"Confusion": args.out / "confusion.png"}
+        tables.plot_confusion(figures["Confusion"], metrics["models"])
+        tables.plot_examples(args.out / "examples.png", cases[-len(records) :])
     for name in args.model:
         for run in (Path(name), Path(name).parent):  # a checkpoint lies in its run
             if (run / "curves.png").is_file():
@@ -378,7 +353,8 @@ def write_results(args, records: list[dict], rows: list, general: list, swapped:
     write_report(args.out / "report.html", "MedReason-R1: evaluation", shown, figures, cases)
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
     print(tables.markdown(shown))
-    print(f"{args.out}: {', '.join(name for name in OUTPUTS if (args.out / name).exists())}")
+    made = [name for name in OUTPUTS if (args.out / name).exists()]
+    print(f"{args.out}: {', '.join(made)}")
 
 
 # ==== 5. Flags ====
@@ -390,6 +366,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     models, chart = [str(vlm.TINY), "runs/sft", "runs/grpo"], "image, question, answer"
     add = parser.add_argument_group("what is asked").add_argument
     add("--data", type=Path, default="data/ct_rate_vqa_zoom", help="02's folder (%(default)s)")
+    add("--task", choices=rewards.TASKS, default="diagnose", help="locate: --data is 02 --clean's")
     add("--model", nargs="+", default=models, help="folders or hub ids (tiny base, SFT, GRPO)")
     add("--think", choices=MODES, default="both", help="ask for reasoning first (%(default)s)")
     add("--limit", type=positive_int, help="only the first so many questions of each file")
@@ -409,8 +386,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parse_flags(parser, argv, DEMO)
     if len(set(args.model)) < len(args.model):
         parser.error("--model names a checkpoint twice; name each once")
-    if args.swap_thinking and args.think == "no":
-        parser.error("--swap-thinking needs reasoning to swap; leave out --think no")
+    if args.swap_thinking and (args.think == "no" or args.task == "locate"):
+        parser.error("--swap-thinking needs a diagnosis with reasoning to swap")
     if args.image and (args.swap_thinking or args.tensor_parallel):
         parser.error("--image goes without --swap-thinking and --tensor-parallel")
     return args
@@ -419,29 +396,39 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ==== 6. The stage ====
 
 
-def diagnose(args: argparse.Namespace) -> None:
+def answer_image(args: argparse.Namespace) -> None:
     """Prints what each model thinks and answers about --image."""
     picture, device = open_picture(args.image).convert("RGB"), start().device
+    question = rewards.QUESTION
+    if args.task == "locate":
+        question = rewards.LOCATE.format("the lesion")
     for name in args.model:
         model, processor = vlm.load_model(name, device), vlm.any_processor(name)
         for mode in MODES[args.think]:
-            prompt = rewards.prompt(rewards.QUESTION, mode)
-            text = answer(model, processor, [picture], [prompt], args.max_new_tokens, device)[0]
+            prompt = rewards.prompt(question, mode, args.task)
+            asked = [picture], [prompt], args.max_new_tokens, device
+            text = answer(model, processor, *asked)[0]
+            found = rewards.predicted_class(text)
+            if args.task == "locate":
+                found = box_in_picture(text, processor, picture.size)
             print(f"{name}, {mode}")
             if mode == "think":
-                print(f"  thinks:  {rewards.reasoning(text) or '(nothing between think tags)'}")
-            print(f"  answers: {rewards.predicted_class(text) or f'no class in {text!r}'}")
+                thoughts = rewards.reasoning(text)
+                print(f"  thinks:  {thoughts or '(nothing between think tags)'}")
+            print(f"  answers: {found or f'neither class nor box in {text!r}'}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Asks every model everything, measures, and writes --out; or asks about --image alone."""
     if args.image:
-        return diagnose(args)
+        return answer_image(args)
     if args.judge != "keyword":
-        vlm.load_config(args.judge)  # a misspelt judge is found now, not after hours of answers
+        vlm.load_config(args.judge)  # a misspelt judge is found now, not after hours
     world, modes = start(), MODES[args.think]
-    records = load_split(args.data, "test")[: args.limit]
-    sets = general_sets(args, records)
+    records = load_split(args.data, "test", args.task)[: args.limit]
+    sets, read = general_sets(args, records), diagnoses
+    if args.task == "locate":
+        sets, read = {}, locations
     if world.main:
         open_out(args)
     world.wait()
@@ -449,16 +436,18 @@ def evaluate(args: argparse.Namespace) -> None:
     for mode in modes:
         tasks[mode] = []
         for record in records:
-            prompt = rewards.prompt(record["question"], mode)
+            prompt = rewards.prompt(record["question"], mode, args.task)
             tasks[mode].append([str(record["image"]), prompt, ""])
     for key, questions in sets.items():
         form = "" if key == "skill" else f"\n{vqa_metrics.SHORT}"
         tasks[key] = [[str(q["image"]), q["question"] + form, ""] for q in questions]
-    places = {name: args.out / ".work" / f"model-{i}" for i, name in enumerate(args.model)}
+    places = {}
+    for i, name in enumerate(args.model):
+        places[name] = args.out / ".work" / f"model-{i}"
     for name, place in places.items():
         texts = ask(name, place, tasks, args, world)
         for mode in modes:
-            rows += diagnoses(name, records, mode, texts[mode])
+            rows += read(name, records, mode, texts[mode])
         for key, questions in sets.items():
             general += skills(name, key, questions, texts[key])
     judge_rows(rows, args, world)

@@ -17,7 +17,7 @@ import torch
 
 from support import vlm
 from support.distributed import World, like, whole
-from support.files import BadInput, claim, read_bytes, reading, write_atomic, writing
+from support.files import BadInput, claim, digest, read_bytes, reading, write_atomic, writing
 
 # Flags that may differ between a run and its resumption: where and how fast it runs, when it ends.
 FREE = {"out", "resume", "overwrite", "steps", "micro_batch", "save_every", "shard"}
@@ -161,3 +161,15 @@ def finish(out: Path, step: int, world: World) -> None:
     files = [file for file in folder.iterdir() if file.name != "state.pt"]
     for file in sorted(files, key=lambda file: file.name == "config.json"):  # which comes last
         write_atomic(out / file.name, lambda path, file=file: shutil.copyfile(file, path))
+
+
+def digest_of(name: str) -> str:
+    """Tells checkpoints apart: a hub id's commit, or a digest of a folder's content."""
+    folder, parts = Path(name), []
+    if not folder.is_dir():
+        return str(vlm.load_config(name)._commit_hash)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".jinja", ".txt") and file.is_file():
+            with open(file, "rb") as content:
+                parts.append([file.name, hashlib.file_digest(content, "blake2b").hexdigest()])
+    return digest(parts)

@@ -7,6 +7,7 @@ reasoning, nor judge an argument: it reads words, not sentences. The paper's jud
 model, `language_judge`.
 """
 
+import random
 import re
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ import torch
 
 from rewards import CLASSES
 from support import vlm
+from support.stats import bootstrap
 
 # Of each class in turn: words that name it or its sign, 2 points; words that lean to it, 1 point.
 KEYWORDS = (
@@ -102,3 +104,33 @@ def language_judge(name: str, device: torch.device) -> Callable[[list[str]], lis
         return verdicts
 
     return judge
+
+
+# ==== Other reasoning ====
+
+
+def donors(rows: list) -> list:
+    """For each row another, drawn by the row's id alone; None where there is none.
+
+    The judge gives it neither the row's judged class nor its answered one: with the latter, a model
+    that always answers alike would seem to move.
+    """
+    drawn = []
+    for row in rows:
+        not_these = None, row.judged, row.predicted
+        others = [r for r in rows if row.judged and r.judged not in not_these]
+        drawn.append(random.Random(row.id).choice(others) if others else None)
+    return drawn
+
+
+def summarise_swap(lines: list[dict]) -> dict:
+    """Shares of answers that move or stay, which unreadable ones do not, or are right without."""
+    given = [line for line in lines if line["donor"]]
+    result = {"n": len(given)}
+    shares = [("moved", given, "swapped", "donor_class"), ("stayed", given, "swapped", "predicted")]
+    shares.append(("accuracy_without", lines, "empty", "label"))
+    for name, over, answered, wanted in shares:
+        hits = [line[answered] is not None and line[answered] == line[wanted] for line in over]
+        share = bootstrap(hits, [line["patient"] for line in over])
+        result |= {name: share["mean"], f"{name}_interval_95": share["interval_95"]}
+    return result

@@ -30,7 +30,7 @@ OUTPUTS += ("test/metadata.jsonl", "train/images/*.png", "test/images/*.png")
 
 REQUIRED = {"file_name": str, "id": str, "label": str, "question": str, "answer": str, "box": list}
 OPTIONAL = {"volume": str, "patient": str, "category": str, "text": str, "slice": int}
-OPTIONAL |= {"finding": int, "boxes": list, "patch": int}
+OPTIONAL |= {"finding": int, "boxes": list, "slice_boxes": list, "patch": int}
 # Of dataset_info.json; a folder for 03 to 05 that 02 did not make needs none of them.
 INFO = {"phantoms": bool, "settings": dict, "records": dict, "classes": dict, "skipped": list}
 
@@ -97,8 +97,8 @@ def write_records(folder: Path, records: list[dict]) -> None:
 def _check(record: object, ids: set[str]) -> None:
     """Raises BadInput, naming the field, when a metadata line is no record or repeats an id."""
     check_fields(record, REQUIRED, OPTIONAL)
-    for box in [record["box"], *record.get("boxes", [])]:
-        if not _is_box(box):
+    for box in [record["box"], *record.get("boxes", []), *record.get("slice_boxes", [])]:
+        if not is_box(box):
             form = "[x0, y0, x1, y1] in whole px, 0 <= x0 < x1, 0 <= y0 < y1"
             raise BadInput(f"field 'box': {form}, is needed")
     if record["label"] not in CLASSES:
@@ -107,24 +107,28 @@ def _check(record: object, ids: set[str]) -> None:
         raise BadInput(f"field 'id': {record['id']!r:.80} is empty or was used before")
 
 
-def _is_box(box: object) -> bool:
+def is_box(box: object) -> bool:
+    """Whether it is a list of four whole numbers, px, of positive area."""
     if not isinstance(box, list) or [type(edge) for edge in box] != [int] * 4:
         return False
     x0, y0, x1, y1 = box
     return 0 <= x0 < x1 <= MAX_SIDE and 0 <= y0 < y1 <= MAX_SIDE
 
 
-def area(box: list[int]) -> int:
-    """Of the box [x0, y0, x1, y1], in px."""
-    return (box[2] - box[0]) * (box[3] - box[1])
+def load_split(folder: Path, split: str, task: str = "diagnose") -> list[dict]:
+    """The records of 02's folder for a task. Raises BadInput for 01's folder and the other task's.
 
-
-def load_split(folder: Path, split: str) -> list[dict]:
-    """The records of 02's folder. Raises BadInput for 01's: it has no red boxes, and without them a
-    slice with two findings would be one picture with two right answers."""
-    if dataset_info(folder)["stage"] != "02":
+    A diagnosis needs the red box: without it a slice with two findings would be one picture with
+    two right answers. To locate the lesion, no box may be drawn.
+    """
+    info = dataset_info(folder)
+    if info["stage"] != "02":
         remedy = f"make its twin with 02_zoom_augment.py --data {folder}"
         raise BadInput(f"{folder}: has no red boxes; {remedy}")
+    clean = isinstance(info.get("zoom"), dict) and "clean" in info["zoom"]
+    if clean != (task == "locate"):
+        remedy = "drawn without --clean" if clean else "drawn with --clean"
+        raise BadInput(f"{folder}: --task {task} needs a folder {remedy}")
     records = read_records(folder, split)
     if not records:
         raise BadInput(f"{folder}/{split}/metadata.jsonl: holds no records")

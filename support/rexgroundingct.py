@@ -3,9 +3,12 @@
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+
+from tqdm import tqdm
 
 from support.files import MAX_SIDE, BadInput, check_fields, read_json
 
@@ -87,6 +90,16 @@ def read_cases(path: Path) -> tuple[list[Case], list[dict]]:
 def fault(volume: str, finding: str | None, reason: str) -> dict:
     """One row of the report on what was skipped; `finding` None means the whole volume."""
     return {"volume": volume, "finding": finding, "reason": reason}
+
+
+def report_skipped(faults: list[dict], strict: bool) -> None:
+    """Prints one line per fault; with `strict` the first raises BadInput."""
+    for row in faults:
+        finding = f", finding {row['finding']}" if row["finding"] else ""
+        line = f"{row['volume']}{finding}: {row['reason']}"
+        if strict:
+            raise BadInput(f"{line} (--strict)")
+        tqdm.write(f"skipped: {line}", file=sys.stderr)
 
 
 def finding_axis(shape: tuple[int, ...], case: Case) -> int | None:

@@ -32,12 +32,16 @@ def percent(value: float | None, interval: list[float] | None = None) -> str:
 
 def tables(metrics: dict) -> list[Table]:
     """The tables of metrics.json's content; accuracies in % with 95 % intervals."""
-    result = [_accuracy(metrics), _by_class(metrics["models"])]
-    if any("think" in model["modes"] for model in metrics["models"].values()):
-        result.append(_agreement(metrics))
-    if any("swap_thinking" in model for model in metrics["models"].values()):
+    models = metrics["models"].values()
+    if metrics["task"] == "locate":
+        result = [_located(metrics)]
+    else:
+        result = [_accuracy(metrics), _by_class(metrics["models"])]
+        if any("think" in model["modes"] for model in models):
+            result.append(_agreement(metrics))
+    if any("swap_thinking" in model for model in models):
         result.append(_swapped(metrics["models"]))
-    if any(model["general"] for model in metrics["models"].values()):
+    if any(model["general"] for model in models):
         result.append(_general(metrics["models"]))
     if metrics["paired"]:
         result.append(_differences(metrics["paired"]))
@@ -55,13 +59,27 @@ def _accuracy(metrics: dict) -> Table:
             rows.append([name, size, mode, accuracy, macro, *shares])
     chance, common = percent(1 / len(rewards.CLASSES)), metrics["commonest_class"]
     rows.append(["chance", "", "", chance, chance, "", ""])
-    present = [share for share in m["per_class"].values() if share is not None]  # alike in all
+    shares = m["per_class"].values()  # of the same classes in all
+    present = [share for share in shares if share is not None]
     one, macro = percent(common["share"]), percent(1 / len(present))
     rows.append([f"always {common['name']}", "", "", one, macro, "", ""])
     note = "in brackets the 95 % interval of a bootstrap over patients"
     note = f"Greedy, n = {metrics['n']}; {note}."
     note += f" Of fewer than {FEWEST} patients it would be too narrow, and is left out."
     return Table("Accuracy with and without thinking (Table 1)", note, rows)
+
+
+def _located(metrics: dict) -> Table:
+    rows = [["model", "prompt", "mean IoU %", "IoU above 0.5 %", "invalid %", "format %"]]
+    for name, model in metrics["models"].items():
+        for mode, m in model["modes"].items():
+            iou = percent(m["iou"], m["iou_interval_95"])
+            half = percent(m["half"], m["half_interval_95"])
+            shares = percent(m["invalid"]), percent(m["format"])
+            rows.append([name, mode, iou, half, *shares])
+    note = f"Greedy, n = {metrics['n']}; with the right box that is met best, 0 if unreadable. "
+    note += "In brackets the 95 % interval of a bootstrap over patients."
+    return Table("Where is the lesion?", note, rows)
 
 
 def _by_class(models: dict) -> Table:
@@ -180,9 +198,41 @@ def plot_examples(path: Path, cases: list[dict]) -> None:
         lines = []
         if case["mode"] == "think":
             lines = textwrap.wrap(f"thinks: {case['thinking']}", 38)[:5]
-        lines += [f"answers: {case['predicted'] or '(no class)'}", f"truth: {case['label']}"]
+        lines.append(f"answers: {case['predicted'] or '(no class)'}")
+        lines.append(f"truth: {case['label']}")
         look = {"parse_math": False, "color": "k" if case["correctness"] else "tab:red"}
         axis.imshow(open_picture(case["image"]))
         axis.set_title("\n".join(lines), fontsize=9, loc="left", **look)
         axis.axis("off")
+    save_figure(path, figure)
+
+
+def plot_boxes(path: Path, rows: list, records: dict[str, dict]) -> None:
+    """Per model and prompt form six answers from the best IoU to the worst: the right boxes in
+    green, the predicted one in orange. `rows` are 05's answers, `records` by id."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    groups, count = {}, 6
+    for row in rows:
+        groups.setdefault((row.model, row.mode), []).append(row)
+    figure = Figure(figsize=(2.4 * count, 2.75 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), count, squeeze=False)
+    for line, ((model, mode), group) in zip(axes, groups.items(), strict=True):
+        group = sorted(group, key=lambda row: -row.score)
+        for i, axis in enumerate(line):
+            row = group[i * (len(group) - 1) // (count - 1)]
+            record = records[row.id]
+            axis.imshow(open_picture(record["image"]))
+            boxes = [*record.get("boxes", [record["box"]]), row.predicted]
+            for box in filter(None, boxes):
+                colour = "darkorange" if box is row.predicted else "lime"
+                corner = box[0] - 0.5, box[1] - 0.5
+                size = box[2] - box[0], box[3] - box[1]
+                look = {"fill": False, "edgecolor": colour, "linewidth": 1.5}
+                axis.add_patch(Rectangle(corner, *size, **look))
+            head = f"{Path(model).name}, {mode}" if i == 0 else ""
+            title = f"{head}\nIoU {row.score:.2f}"
+            axis.set_title(title, fontsize=8, loc="left", parse_math=False)
+            axis.axis("off")
     save_figure(path, figure)

@@ -72,11 +72,13 @@ TRAIN = (*GROUPS, "lora")
 
 @dataclass
 class Processor:
-    """The two halves of a checkpoint's processor, and the most positions that its model takes."""
+    """The two halves of a checkpoint's processor, the most positions that its model takes, and how
+    its family writes boxes."""
 
     tokenizer: object
     image_processor: object
     limit: int = 2**31
+    thousandths: bool = False  # boxes are written in 1/1000 of each side, not in px
 
     def save(self, folder: Path) -> None:
         with guarded(folder, "cannot be written"):
@@ -127,7 +129,8 @@ def load_processor(name: str) -> Processor:
         fault = "its token ids, preprocessor_config.json and config.json are not of one Qwen model"
         raise BadInput(f"{name}: {fault}; fetch it again")
     try_template(name, tokenizer, [{"type": "image"}, {"type": "text", "text": "?"}])
-    return Processor(tokenizer, images, text.max_position_embeddings)
+    thousandths = config.model_type != "qwen2_5_vl"
+    return Processor(tokenizer, images, text.max_position_embeddings, thousandths)
 
 
 def try_template(name: str, tokenizer, content: object) -> None:
@@ -540,7 +543,7 @@ def generate(model, batch: dict, tokens: int, **ends: object) -> list[list[int]]
 
 
 @torch.no_grad()
-def try_out(model, processor: Processor, records: list, form: str, device: torch.device) -> dict:
+def try_out(model, processor: Processor, records: list, form: str, task: str, device) -> dict:
     """Reads the record of the longest question, and one of a picture of odd sides.
 
     Whatever is wrong with a checkpoint's files shows here, before a run begins. All ranks must call
@@ -548,7 +551,7 @@ def try_out(model, processor: Processor, records: list, form: str, device: torch
     """
     record = max(records, key=lambda record: len(record["question"]))
     images = [*pictures([record]), Image.new("RGB", (61, 57))]
-    prompts = [rewards.prompt(record["question"], form), rewards.QUESTION]
+    prompts = [rewards.prompt(record["question"], form, task), rewards.QUESTION]
     batch = encode(processor, images, prompts, names=[record["id"], rewards.QUESTION])
     cuda = device.type == "cuda"
     with guarded(model.name_or_path, "config.json or the weights do not work"):

@@ -8,9 +8,13 @@ import itertools
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from support.files import BadInput, inside, read_bytes
+from support.stats import bootstrap
 
 SHORT = "Answer the question using a single word or phrase."
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -142,3 +146,50 @@ def _question(path: Path, record: object, ten: bool) -> dict:
     source = str(record.get("part") or record.get("type") or path.stem).lower()
     part = next((name for name in ("human", "augmented") if name in source), None)
     return {"image": image, "question": question, "answers": answers, "part": part}
+
+
+# ==== What a model answers, and its scores ====
+
+
+@dataclass
+class Skill:
+    """One model's answer to one general-skill question."""
+
+    model: str
+    set: str
+    part: str | None
+    id: str
+    patient: str
+    question: str
+    answers: list[str]  # the right ones
+    text: str
+    score: float
+    kind = property(lambda row: row.set)
+
+
+def skills(name: str, key: str, questions: list[dict], texts: list[str]) -> list[Skill]:
+    """What one model answers to one general-skill set, with the scores."""
+    rows = []
+    for q, text in zip(questions, texts, strict=True):
+        score = SCORES[key](bare(text), q["answers"])
+        patient = q.get("patient", q["image"].name)
+        asked = q["part"], q["id"], patient, q["question"], q["answers"]
+        rows.append(Skill(name, key, *asked, text, score))
+    return rows
+
+
+def summarise_general(rows: list[Skill]) -> dict:
+    """The scores of one model on one set, whole and by part (ChartQA's human and augmented)."""
+    scores = np.array([row.score for row in rows])
+    result = {"n": len(rows), **bootstrap(scores, [row.patient for row in rows]), "parts": {}}
+    for name in sorted({row.part for row in rows if row.part}):
+        part = scores[[row.part == name for row in rows]]
+        result["parts"][name] = {"n": len(part), "mean": float(part.mean())}
+    return result
+
+
+def weighted_average(general: dict) -> float | None:
+    """Table 2's average of ChartQA and TextVQA, weighted by their sample counts."""
+    parts = [general[name] for name in ("chartqa", "textvqa") if name in general]
+    total = sum(part["n"] for part in parts)
+    return sum(part["n"] * part["mean"] for part in parts) / total if parts else None

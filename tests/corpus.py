@@ -448,7 +448,7 @@ class Records:
 
 REQUIRED = {"file_name": str, "id": str, "label": str, "question": str, "answer": str, "box": list}
 FIELDS = {**REQUIRED, "volume": str, "patient": str, "category": str, "text": str}
-FIELDS |= {"slice": int, "finding": int, "boxes": list}
+FIELDS |= {"slice": int, "finding": int, "boxes": list, "slice_boxes": list}
 
 
 def first_line(change: Callable[[dict], str]) -> Callable:
@@ -770,7 +770,7 @@ def record_controls() -> Table:
     whole, corner = [0, 0, 40, 48], [39, 47, 40, 48]
     table.add("a box that fills the picture", record(box=whole, boxes=[whole]))
     table.add("a box of one px", record(box=corner, boxes=[corner]))
-    for field in ("boxes", "text", "slice", "category"):
+    for field in ("boxes", "slice_boxes", "text", "slice", "category"):
         table.add(f"{field} missing", without(field))
     table.add("unknown fields", record(reader={"name": "x"}, page=1))
     table.add("a text with tags", record(text="<script>alert(1)</script> \u202e"))

@@ -33,7 +33,7 @@ from transformers.quantizers import quantizer_mxfp4
 
 import rewards
 from assets import build_tiny_vlm, phantom
-from support import judge, stats, tables, vlm
+from support import judge, stats, tables, vlm, vqa_metrics
 from support.files import BadInput
 from support.judge import keyword_judge, last_class
 from support.log import read_log
@@ -46,7 +46,7 @@ evaluation = importlib.import_module("05_eval")
 CPU = torch.device("cpu")
 QUICK = "--limit 12 --batch-size 4 --max-new-tokens 40".split()
 
-FILES = set(evaluation.OUTPUTS)
+FILES = set(evaluation.OUTPUTS) - {"boxes.jsonl", "boxes.png"}
 EMPTY = "<think></think>"
 
 
@@ -149,23 +149,23 @@ def test_summary_by_hand():
 def test_donors_are_of_another_class_and_drawn_by_the_id_alone():
     classes = [*rewards.CLASSES[:3], None]
     rows = [row("a", "think", 1, id=f"item {i}", judged=classes[i % 4]) for i in range(80)]
-    donors = evaluation.donors(rows)
+    donors = judge.donors(rows)
     for one, donor in zip(rows, donors, strict=True):
         assert (donor is None) == (one.judged is None)
         assert donor is None or donor.judged not in (None, one.judged, one.predicted)
     # All are drawn from, and not in step with the item.
     given = Counter(donor.id for donor in donors if donor)
     assert len(given) > 25 and max(given.values()) < 8
-    assert donors == evaluation.donors(rows)
+    assert donors == judge.donors(rows)
     # Another item's id changes its own donor alone.
     rows[0].id = "another id"
-    assert evaluation.donors(rows)[1:] == donors[1:]
+    assert judge.donors(rows)[1:] == donors[1:]
 
 
 @pytest.mark.parametrize("judged", [None, "Emphysema"])
 def test_no_donor_where_all_reasonings_are_alike(judged):
     rows = [row("a", "think", 1, id=str(i), judged=judged) for i in range(4)]
-    assert evaluation.donors(rows) == [None] * 4
+    assert judge.donors(rows) == [None] * 4
 
 
 def test_swapped_answers_by_hand():
@@ -182,7 +182,7 @@ def test_swapped_answers_by_hand():
         line = {"id": str(i), "patient": str(i), "label": label, "predicted": predicted}
         line |= {"donor": given and "x", "donor_class": given, "swapped": swapped}
         lines.append(line | {"empty": empty})
-    result = evaluation.summarise_swap(lines)
+    result = judge.summarise_swap(lines)
     assert result["n"] == 5
     assert result["moved"] == pytest.approx(1 / 5)
     assert result["stayed"] == pytest.approx(2 / 5)
@@ -190,13 +190,13 @@ def test_swapped_answers_by_hand():
     assert result["moved_interval_95"] is result["accuracy_without_interval_95"] is None
     for i, line in enumerate(20 * lines):  # of 120 patients
         lines.append(line | {"patient": f"more {i}"})
-    low, high = evaluation.summarise_swap(lines)["stayed_interval_95"]
+    low, high = judge.summarise_swap(lines)["stayed_interval_95"]
     assert low < 2 / 5 < high and (high - low) / 2 == pytest.approx(0.096, rel=0.2)
 
 
 def test_without_donors_nothing_is_said_of_moving():
     line = {"patient": "p", "label": "Emphysema", "donor": None, "empty": "Emphysema"}
-    result = evaluation.summarise_swap([line])
+    result = judge.summarise_swap([line])
     assert result["n"] == 0 and result["accuracy_without"] == 1
     assert result["moved"] is result["stayed"] is result["moved_interval_95"] is None
 
@@ -204,8 +204,8 @@ def test_without_donors_nothing_is_said_of_moving():
 def test_weighted_average_is_by_sample_count():
     general = {"skill": {"n": 1000, "mean": 0.0}, "chartqa": {"n": 30, "mean": 0.5}}
     general["textvqa"] = {"n": 10, "mean": 0.9}
-    assert evaluation.weighted_average(general) == pytest.approx((30 * 0.5 + 10 * 0.9) / 40)
-    assert evaluation.weighted_average({"skill": {"n": 5, "mean": 1.0}}) is None
+    assert vqa_metrics.weighted_average(general) == pytest.approx((30 * 0.5 + 10 * 0.9) / 40)
+    assert vqa_metrics.weighted_average({"skill": {"n": 5, "mean": 1.0}}) is None
 
 
 # ==== Judges ====
@@ -664,7 +664,7 @@ def test_swapped_lines_are_right(results):
             assert line["donor_class"] in classes
     for name, model in metrics["models"].items():
         of_model = [line for line in lines if line["model"].endswith(name)]
-        assert model["swap_thinking"] == evaluation.summarise_swap(of_model)
+        assert model["swap_thinking"] == judge.summarise_swap(of_model)
     assert metrics["models"]["tiny-qwen2.5-vl"]["swap_thinking"]["n"] > 6
 
 
@@ -795,7 +795,7 @@ def test_bad_input_is_one_line(data, tmp_path, extra, words):
     ("given", "words"),
     [
         ([vlm.TINY], "names a checkpoint twice"),
-        (["--swap-thinking", "--think", "no"], "--swap-thinking needs reasoning to swap"),
+        (["--swap-thinking", "--think", "no"], "--swap-thinking needs a diagnosis with reasoning"),
         (["--swap-thinking", "--image", "a.png"], "--image goes without --swap-thinking"),
         (["--tensor-parallel", "--image", "a.png"], "--image goes without --swap-thinking and"),
     ],

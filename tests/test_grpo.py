@@ -307,7 +307,8 @@ def test_the_format_is_that_of_the_prompt(processor, records, roll, model, monke
     monkeypatch.setattr(vlm, "decode", lambda *_: rewards.target(rewards.CLASSES[0]))
     args = grpo.parse_args(["--model", str(vlm.TINY), "--prompt", mode])
     stops = vlm.stop_ids(model, processor)
-    for group in grpo.score_samples(1, records[:3], roll, processor, stops, args):
+    truths = [record["label"] for record in records[:3]]
+    for group in grpo.score_samples(1, records[:3], truths, roll, processor, stops, args):
         for sample in group:
             right = sample.label == rewards.CLASSES[0]
             assert (sample.format, sample.validity, sample.correctness) == (form, 1.0, right)
@@ -320,9 +321,9 @@ def scheduled(data, tmp_path, monkeypatch):
     asked, rates = set(), []
     prompt, step = rewards.prompt, torch.optim.AdamW.step
 
-    def noted_prompt(question, mode):
+    def noted_prompt(question, mode, task):
         asked.add(mode)
-        return prompt(question, mode)
+        return prompt(question, mode, task)
 
     def noted_step(optimizer, *args, **kwargs):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -54,7 +54,7 @@ def change(path, *keys, value) -> None:
 def open_model(folder, records) -> dict:
     """What 03 and 04 do with a checkpoint before they train."""
     model, processor = vlm.load_model(str(folder), CPU), vlm.load_processor(str(folder))
-    return vlm.try_out(model, processor, records[:3], "think", CPU)
+    return vlm.try_out(model, processor, records[:3], "think", "diagnose", CPU)
 
 
 def main(script, data, out, *flags) -> str | None:

@@ -262,6 +262,31 @@ def test_small_and_left_out_findings_are_counted_and_are_not_errors(tmp_path):
     assert (info["too_small"], info["left_out"], info["skipped"]) == (1, {"2g": 1}, [])
 
 
+def test_a_slice_lists_the_boxes_of_all_its_findings_also_without_a_class(tmp_path):
+    other, small = [2, 2, 10, 9], [1, 12, 4, 15]
+    lesions = [ct.block((3, 6), BOX), ct.block((4, 9), other), ct.block((3, 6), small)]
+    entry = ct.add_case(tmp_path, lesions=lesions, categories=("2b", "2g", "2c"))
+    _, records = build(ct.write_index(tmp_path, [entry]), tmp_path / "out")
+    found = {record["slice"]: record["slice_boxes"] for record in records}
+    assert found == {3: [BOX], 4: [BOX, other], 5: [BOX, other]}
+
+
+def test_another_index_is_for_testing_alone(tmp_path, capsys):
+    """Its patients train nothing, however many; the set's own dataset.json is not read."""
+    entries = [ct.add_case(tmp_path, f"valid_{i}_a_1.nii.gz") for i in (1, 2, 3)]
+    flags = ct.write_index(tmp_path, [], entries)
+    rex = tmp_path / "rex"
+    (rex / "dataset.json").rename(rex / "challenge.json")
+    info, records = build(flags, tmp_path / "out", "--index", str(rex / "challenge.json"))
+    assert info["records"] == {"train": 0, "test": len(records)} and len(records) >= 3
+    assert info["settings"]["index"] == "challenge.json"
+    stage.main([*flags, "--list-ct", "--index", str(rex / "challenge.json")])
+    assert len(capsys.readouterr().out.split("dataset/valid_fixed")) == 4
+    with pytest.raises(SystemExit):
+        stage.main(["--index", "challenge.json"])
+    assert "need --rexgroundingct" in capsys.readouterr().err
+
+
 def test_the_fourteen_categories():
     assert len(stage.CLASS_OF) == 14
     assert set(stage.CLASS_OF.values()) - {None} == set(CLASSES)
@@ -314,7 +339,8 @@ def test_split_patients():
 
 def test_what_an_imagefolder_reader_sees(many, tmp_path):
     info, _ = build(many[1], tmp_path / "out")
-    keys = "file_name id volume patient slice finding box boxes category label text question answer"
+    keys = "file_name id volume patient slice finding box boxes slice_boxes category label text"
+    keys += " question answer"
     seen = set()
     for split in ("train", "test"):
         records = ct.read_lines(tmp_path / "out", split)
@@ -648,7 +674,7 @@ def test_phantoms_end_to_end_by_python(phantoms_by_python):
     out, process = phantoms_by_python
     done = launch.ended(process)
     assert done.returncode == 0, done.stderr
-    assert "6 phantom volumes, seed 5" in done.stdout
+    assert "6 phantoms, seed 5" in done.stdout
     info = json.loads((out / "dataset_info.json").read_text())
     assert info["phantoms"] is True and info["settings"]["phantoms"] == 6 and info["skipped"] == []
     assert min(info["records"].values()) > 0

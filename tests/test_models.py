@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import rewards
-from support import distributed, engine, vlm
+from support import distributed, engine, grounding, vlm
 from support.distributed import World
 from support.files import BadInput
 from support.log import read_log
@@ -318,7 +318,8 @@ def test_format_is_read_from_the_prompts_tail_on(model, processor, records, begu
     rolled = engine.Rollout(vlm.encode(processor, images, prompts), tokens, mask, mask.any(2))
     stops = vlm.stop_ids(model, processor)
     args = grpo.parse_args(["--model", str(vlm.TINY)])
-    groups = grpo.score_samples(1, records[:2], rolled, processor, stops, args)
+    truths = [record["label"] for record in records[:2]]
+    groups = grpo.score_samples(1, records[:2], truths, rolled, processor, stops, args)
     assert [group[0].text for group in groups] == [expected, expected]
     assert [group[0].format for group in groups] == [begun, begun]
 
@@ -506,3 +507,16 @@ def test_tensor_parallel_gives_the_same_bytes(data, tmp_path):
     for name in ("predictions.jsonl", "metrics.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     assert json.loads((one / "metrics.json").read_text())["n"] == 6
+
+
+def test_qwen3s_grid_has_a_thousand_steps(qwen3, qwen35, processor):
+    for folder in (qwen3, qwen35):
+        other = vlm.load_processor(folder)
+        assert grounding.box_grid(other, (640, 480)) == (1000, 1000)
+    assert not processor.thousandths
+    record = {"label": "Emphysema", "boxes": [[64, 48, 320, 240]]}
+    right = grounding.truth("locate", record, other, (640, 480))
+    assert right == rewards.Boxes([[100, 100, 500, 500]], 1000, 1000)
+    assert grounding.truth("diagnose", record, other, (640, 480)) == "Emphysema"
+    text = '<answer>{"bbox_2d": [100, 200, 300, 400]}</answer>'
+    assert grounding.box_in_picture(text, other, (640, 480)) == [64, 96, 192, 192]

@@ -14,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from support import files, records
+import rewards
+from support import files, grounding, records
 from support.files import BadInput, open_picture, write_atomic
 from support.records import load_split, read_records
 from tests import ct_fixtures as ct
@@ -193,7 +194,7 @@ def test_a_jittered_box_has_the_iou(side, iou):
     generator, drawn = random.Random(side), []
     for i in range(60):
         box = random_box(generator, side)
-        drawn.append((box, stage.jitter_box((side, side), box, iou, f"slice_{i}")))
+        drawn.append((box, grounding.jitter_box((side, side), box, iou, f"slice_{i}")))
     for box, other in drawn:
         assert 0 <= other[0] < other[2] <= side and 0 <= other[1] < other[3] <= side
         assert abs(iou_by_pixels(box, other) - iou) <= tolerance
@@ -209,9 +210,9 @@ def test_a_box_of_few_pixels_comes_about_as_near_as_they_allow(box):
     for x0, y0, x1, y1 in itertools.product(range(6), repeat=4):
         if x0 < x1 and y0 < y1:
             every.append([x0, y0, x1, y1])
-    reachable = [stage.intersection_over_union(box, other) for other in every]
+    reachable = [rewards.iou(box, other) for other in every]
     for iou in (0.2, 0.5, 0.7, 0.9):
-        drawn = stage.jitter_box((5, 5), box, iou, "x")
+        drawn = grounding.jitter_box((5, 5), box, iou, "x")
         assert drawn in every
         error = abs(iou_by_pixels(box, drawn) - iou)
         assert error <= min(abs(other - iou) for other in reachable) + 0.035
@@ -222,15 +223,15 @@ def test_iou_1_is_the_box_and_0_one_of_its_size_that_does_not_touch_it(side):
     generator, places = random.Random(side), set()
     for i in range(200):
         box = random_box(generator, side)
-        assert stage.jitter_box((side, side), box, 1, f"{i}") == box
+        assert grounding.jitter_box((side, side), box, 1, f"{i}") == box
         width, height = box[2] - box[0], box[3] - box[1]
         gaps = [box[0] - 1, side - box[2] - 1, box[1] - 1, side - box[3] - 1]
         if max(gaps) < 1:
             continue  # it fills the slice
-        drawn = stage.jitter_box((side, side), box, 0, f"{i}")
+        drawn = grounding.jitter_box((side, side), box, 0, f"{i}")
         assert 0 <= drawn[0] < drawn[2] <= side and 0 <= drawn[1] < drawn[3] <= side
         wider = [box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1]
-        assert stage.shared_area(wider, drawn) == 0
+        assert rewards.shared_area(wider, drawn) == 0
         sizes = drawn[2] - drawn[0], drawn[3] - drawn[1]
         room = max(gaps[:2]) >= width or max(gaps[2:]) >= height
         assert (sizes == (width, height)) == room
@@ -240,7 +241,7 @@ def test_iou_1_is_the_box_and_0_one_of_its_size_that_does_not_touch_it(side):
 
 
 def test_a_box_that_leaves_no_room_beside_it():
-    beside = stage.box_beside
+    beside = grounding.box_beside
     drawn = beside((140, 140), [0, 0, 140, 99], random.Random(0))
     assert (drawn[1], drawn[2] - drawn[0], drawn[3]) == (100, 56, 140)  # 140 x 99 times 40 / 99
     for box in ([0, 0, 140, 140], [1, 1, 139, 139]):
@@ -289,9 +290,9 @@ def test_the_far_corner_hides_no_lesion_where_that_can_be():
         shares = []
         for y in (0, size[1] - side):
             for x in (0, size[0] - side):
-                shares.append(stage.shared_area((x, y, x + side, y + side), box))
+                shares.append(rewards.shared_area((x, y, x + side, y + side), box))
         square = stage.patch_square(size, box, side, "auto")
-        assert stage.shared_area(square, box) == min(shares)
+        assert rewards.shared_area(square, box) == min(shares)
         hidden += shares[0] > 0 == min(shares)
     assert hidden > 100  # lesions that the paper's corner hides
 
@@ -435,7 +436,7 @@ def test_a_record_is_jittered_alike_wherever_it_stands(data, tmp_path):
     for row in rows[::-3]:
         (alone,) = stage.draw_records([row], tmp_path / "alone", zoom, wrong)
         assert alone == drawn[row["id"]]
-    box = stage.jitter_box((140, 140), [20, 30, 60, 80], 0.5, "slice")
+    box = grounding.jitter_box((140, 140), [20, 30, 60, 80], 0.5, "slice")
     assert box == [24, 33, 74, 94]  # on every machine
 
 
