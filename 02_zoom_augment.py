@@ -25,7 +25,7 @@ Without annotators a model must find the lesion first: it learns that on clean s
 with --task locate), and the boxes that it predicts are drawn in place of theirs:
 
     python 02_zoom_augment.py --clean                         neither red box nor patch
-    python 02_zoom_augment.py --boxes runs/locate/boxes.jsonl     what 05 --task locate wrote
+    python 02_zoom_augment.py --boxes runs/where/boxes.jsonl  what 05 --task locate wrote
 
 The patch hides the front of one lung, at times the lesion itself; `--patch-corner auto` puts it
 where it hides least of the box, as far from it as can be.

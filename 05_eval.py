@@ -6,7 +6,7 @@ Prompts and parser are those of training (rewards.py).
     python 05_eval.py                                     the base, runs/sft and runs/grpo
     python 05_eval.py --model runs/sft runs/grpo --judge openai/gpt-oss-20b --textvqa val.json
     python 05_eval.py --model runs/grpo --image zoomed.png      one picture, drawn by 02 --image
-    python 05_eval.py --task locate --data data/clean --model runs/locate    where is the lesion?
+    python 05_eval.py --task locate --data data/ct_rate_vqa_clean --model runs/locate
 
 Writes to --out predictions.jsonl (per answer: text, class read, truth, reward parts),
 general.jsonl (per general-skill answer: text, right answers, score), swapped.jsonl, metrics.json,
@@ -281,7 +281,8 @@ def measure(args, rows: list[Diagnosis], general: list[Skill], swapped: list[dic
             lines = [line for line in swapped if line["model"] == name]
             model["swap_thinking"] = judge.summarise_swap(lines)
         models[names[name]] = model | {"weighted_average": weighted_average(by_set)}
-    labels = [row.label for row in groups[rows[0].model, rows[0].mode]]  # alike in all
+    first = groups[rows[0].model, rows[0].mode]  # all have the same records
+    labels = [row.label for row in first]
     commonest = max(rewards.CLASSES, key=labels.count)
     share = labels.count(commonest) / len(labels)
     metrics = {"task": args.task, "n": len(labels)}
@@ -297,19 +298,13 @@ def open_out(args: argparse.Namespace) -> None:
     """Opens --out for these models, data and flags. Raises BadInput when it holds other results."""
     settings = {"script": "05_eval.py"}
     settings["model"] = [[name, checkpoint.digest_of(name)] for name in args.model]
-    files = {"data": [args.data / "test/metadata.jsonl", args.data / "dataset_info.json"]}
+    names = "test/metadata.jsonl", "dataset_info.json"
+    files = {"data": [args.data / name for name in names]}
     files |= {"chartqa": args.chartqa, "textvqa": args.textvqa}
     for flag, paths in files.items():
         settings[flag] = [digest(read_bytes(path)) for path in paths]
-    for flag in (
-        "task",
-        "think",
-        "limit",
-        "max_new_tokens",
-        "batch_size",
-        "skill",
-        "swap_thinking",
-    ):
+    flags = "task think limit max_new_tokens batch_size skill swap_thinking"
+    for flag in flags.split():
         settings[flag] = getattr(args, flag)
     anew = args.overwrite
     claim(args.out, settings, (*OUTPUTS, ".work/*"), go_on=not anew, overwrite=anew)
@@ -350,7 +345,8 @@ def write_results(args, records: list[dict], rows: list, general: list, swapped:
         for run in (Path(name), Path(name).parent):  # a checkpoint lies in its run
             if (run / "curves.png").is_file():
                 figures[f"Training: {run}"] = run / "curves.png"
-    write_report(args.out / "report.html", "MedReason-R1: evaluation", shown, figures, cases)
+    title = "MedReason-R1: evaluation"
+    write_report(args.out / "report.html", title, shown, figures, cases)
     write_atomic(args.out / "metrics.json", json.dumps(metrics, indent=1))
     print(tables.markdown(shown))
     made = [name for name in OUTPUTS if (args.out / name).exists()]
@@ -363,7 +359,8 @@ def write_results(args, records: list[dict], rows: list, general: list, swapped:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    models, chart = [str(vlm.TINY), "runs/sft", "runs/grpo"], "image, question, answer"
+    models = [str(vlm.TINY), "runs/sft", "runs/grpo"]
+    chart = "image, question, answer"
     add = parser.add_argument_group("what is asked").add_argument
     add("--data", type=Path, default="data/ct_rate_vqa_zoom", help="02's folder (%(default)s)")
     add("--task", choices=rewards.TASKS, default="diagnose", help="locate: --data is 02 --clean's")
@@ -440,7 +437,9 @@ def evaluate(args: argparse.Namespace) -> None:
             tasks[mode].append([str(record["image"]), prompt, ""])
     for key, questions in sets.items():
         form = "" if key == "skill" else f"\n{vqa_metrics.SHORT}"
-        tasks[key] = [[str(q["image"]), q["question"] + form, ""] for q in questions]
+        tasks[key] = []
+        for q in questions:
+            tasks[key].append([str(q["image"]), q["question"] + form, ""])
     places = {}
     for i, name in enumerate(args.model):
         places[name] = args.out / ".work" / f"model-{i}"

@@ -58,8 +58,8 @@ _THOUGHT = re.compile(rf"<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>",
 _FORMATS = {"think": _THOUGHT, "direct": _ANSWER}
 # One box as Qwen's models write it: alone or the only one of a list, with or without code fences.
 _EDGES = r"\s*,\s*".join([r"(\d{1,5})"] * 4)
-_BOX = rf'\{{\s*"bbox_2d"\s*:\s*\[\s*{_EDGES}\s*\]\s*(?:,\s*"label"\s*:\s*"[^"\\]*"\s*)?\}}'
-_BOX = re.compile(rf"(?:```json\s*)?(?:{_BOX}|\[\s*{_BOX}\s*\])(?:\s*```)?", re.ASCII)
+_ONE_BOX = rf'\{{\s*"bbox_2d"\s*:\s*\[\s*{_EDGES}\s*\]\s*(?:,\s*"label"\s*:\s*"[^"\\]*"\s*)?\}}'
+_BOX = re.compile(rf"(?:```json\s*)?(?:{_ONE_BOX}|\[\s*{_ONE_BOX}\s*\])(?:\s*```)?", re.ASCII)
 
 
 # ==== Answers ====

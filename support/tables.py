@@ -225,7 +225,7 @@ def plot_boxes(path: Path, rows: list, records: dict[str, dict]) -> None:
             row = group[i * (len(group) - 1) // (count - 1)]
             record = records[row.id]
             axis.imshow(open_picture(record["image"]))
-            boxes = [*record.get("boxes", [record["box"]]), row.predicted]
+            boxes = [*(record.get("boxes") or [record["box"]]), row.predicted]
             for box in filter(None, boxes):
                 colour = "darkorange" if box is row.predicted else "lime"
                 corner = box[0] - 0.5, box[1] - 0.5
