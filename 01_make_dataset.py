@@ -70,6 +70,7 @@ from support.rexgroundingct import (
     find_ct,
     finding_axis,
     read_cases,
+    read_test_cases,
     report_skipped,
 )
 from support.stage import bounded, finite, fraction, natural, parallel, positive_int
@@ -236,7 +237,7 @@ def build_volume(case: Case, rex: Path, ct_rate: Path, folder: Path, settings: d
         ct = read_header(find_ct(ct_rate, case))
         mask = read_header(rex / "segmentations" / case.name)
         if ct.shape != case.shape:
-            raise BadInput(f"{ct.path}: shape {ct.shape}, but dataset.json says {case.shape}")
+            raise BadInput(f"{ct.path}: shape {ct.shape}, but the index says {case.shape}")
         transform = to_picture_axes(ct.affine)
         # Each entity of a finding has its own number: lesion is "> 0". The mask lies on the CT's
         # voxel grid; its own affine is not to be trusted.
@@ -379,7 +380,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rexgroundingct", type=Path, metavar="DIR", help="with dataset.json and segmentations/")
     add("--ct-rate", type=Path, metavar="DIR", help="CTs: CT-RATE's own tree, or one flat folder")
     volumes = bounded(int, 1, 100_000, "a whole number from 1 to 100,000")
-    add("--index", type=Path, metavar="FILE", help="in place of dataset.json: all is for testing")
+    add("--index", type=Path, metavar="FILE", help="its val, patients new to dataset.json: to test")
     add("--phantoms", type=volumes, metavar="N", help="synthetic volumes (default 360)")
     add("--list-ct", action="store_true", help="print the CT-RATE paths that are needed, and stop")
     add = parser.add_argument_group("what is kept").add_argument
@@ -411,11 +412,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ==== 8. The stage ====
 
 
+def choose_cases(rex: Path, index: Path | None) -> tuple[list[Case], list[dict]]:
+    """The volumes to use, and what was skipped: of dataset.json or, to test on, of `index`."""
+    dataset = rex / "dataset.json"
+    return read_test_cases(index, dataset) if index else read_cases(dataset)
+
+
 def build(args: argparse.Namespace) -> None:
     """Builds or completes --out: the same bytes for any number of workers, interrupted or not."""
     rex, ct_rate, count = args.rexgroundingct, args.ct_rate, 0
     if args.list_ct:
-        cases, skipped = read_cases(args.index or rex / "dataset.json")
+        cases, skipped = choose_cases(rex, args.index)
         report_skipped(skipped, args.strict)
         print(*map(ct_rate_path, cases), sep="\n")
         return
@@ -427,9 +434,9 @@ def build(args: argparse.Namespace) -> None:
     index = args.index or rex / "dataset.json"
     settings = {name: getattr(args, name) for name in DECIDING} | {"phantoms": count}
     settings["dataset_sha256"] = hashlib.sha256(read_bytes(index)).hexdigest()
-    cases, skipped = read_cases(index)
+    cases, skipped = choose_cases(rex, args.index)
     split_of = split_patients({case.patient for case in cases}, args.test_fraction, args.seed)
-    if args.index:  # its masks are exhaustive: it is for testing, and is not mixed into training
+    if args.index:  # for testing, and not mixed into training
         split_of = dict.fromkeys(split_of, "test")
         settings["index"] = index.name
     record = {"script": "01_make_dataset.py", **settings}

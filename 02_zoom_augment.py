@@ -33,8 +33,9 @@ where it hides least of the box, as far from it as can be.
 --out is the twin of --data, the same records and ids, but with one RGB picture per record: of 01's
 keys only file_name changes, and patch is added, the patch's side in px (0: none). Where another box
 is drawn than the record's own, which stays, drawn_box is added. With --clean, question and answer
-are those of locating, and boxes all of the slice, the record's own first; with --name-finding the
-question has the report's words, and boxes are those of this finding. Of --boxes only the records
+are those of locating (the box in px of the slice; 03 writes it on the model's own grid), and boxes
+all of the slice, the record's own first; with --name-finding the question has the report's words,
+and boxes are those of this finding. Of --boxes only the records
 that the file names are drawn; where it has no box, the whole slice is taken. dataset_info.json
 gets the flags as "zoom" and, of a folder with patches, "patch_statistics":
 
@@ -262,7 +263,7 @@ def draw_records(records: list[dict], folder: Path, zoom: dict, instead: dict) -
             figures = patch_figures(picture.size, box, zoom) if zoom["patch"] else None
         except BadInput as error:
             raise BadInput(f"record {record['id']}: {error}") from error
-        new = {key: value for key, value in record.items() if key != "image"}
+        new = {key: value for key, value in record.items() if key not in ("image", "drawn_box")}
         new["file_name"] = f"images/{path.name}"
         new["patch"] = patch_side(picture.size, zoom["patch"])
         if box != record["box"]:
@@ -435,6 +436,7 @@ def draw(args: argparse.Namespace) -> None:
         size = f", median magnification {info['patch_statistics']['magnification']['median']:.1f}"
     write_atomic(out / "dataset_info.json", json.dumps(info, indent=1))
     following = "05_eval.py" if args.boxes else "03_sft.py"
+    following += " --task locate" if args.clean else ""
     print(
         f"{out}: {info['records']} records{size}; see overview.png; next: {following} --data {out}"
     )

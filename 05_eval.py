@@ -6,7 +6,7 @@ Prompts and parser are those of training (rewards.py).
     python 05_eval.py                                     the base, runs/sft and runs/grpo
     python 05_eval.py --model runs/sft runs/grpo --judge openai/gpt-oss-20b --textvqa val.json
     python 05_eval.py --model runs/grpo --image zoomed.png      one picture, drawn by 02 --image
-    python 05_eval.py --task locate --data data/ct_rate_vqa_clean --model runs/locate
+    python 05_eval.py --task locate --data data/ct_rate_vqa_clean --model runs/locate --think no
 
 Writes to --out predictions.jsonl (per answer: text, class read, truth, reward parts),
 general.jsonl (per general-skill answer: text, right answers, score), swapped.jsonl, metrics.json,
@@ -56,7 +56,7 @@ from assets import phantom
 from support import checkpoint, judge, tables, vlm, vqa_metrics
 from support.distributed import World, autocast, start, work_once
 from support.files import claim, digest, open_picture, read_bytes, write_atomic
-from support.grounding import box_in_picture, truth
+from support.grounding import box_in_picture, boxes_of, truth
 from support.records import load_split
 from support.report import write_report
 from support.stage import parse_flags, positive_int
@@ -164,8 +164,10 @@ def locations(name: str, records: list[dict], mode: str, texts: list[str]) -> li
         size = open_picture(record["image"]).size
         right = truth("locate", record, processor, size)
         parts = rewards.reward(text, right, mode=mode, task="locate")
-        box = box_in_picture(text, processor, size)
-        scores = box, parts.format, parts.validity, parts.correctness
+        box, overlap = box_in_picture(text, processor, size), 0.0
+        if box:  # in px, so that the models' grids do not matter
+            overlap = rewards.best_iou(box, rewards.Boxes(boxes_of(record), *size))
+        scores = box, parts.format, parts.validity, overlap
         who = record["id"], record.get("patient", record["id"]), record["label"]
         rows.append(Diagnosis(name, mode, *who, *scores, text))
     return rows
@@ -385,6 +387,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--model names a checkpoint twice; name each once")
     if args.swap_thinking and (args.think == "no" or args.task == "locate"):
         parser.error("--swap-thinking needs a diagnosis with reasoning to swap")
+    if args.task == "locate" and (args.chartqa or args.textvqa):
+        parser.error("--chartqa and --textvqa go with --task diagnose")
     if args.image and (args.swap_thinking or args.tensor_parallel):
         parser.error("--image goes without --swap-thinking and --tensor-parallel")
     return args

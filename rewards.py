@@ -57,9 +57,10 @@ _ANSWER = re.compile(rf"<answer>{_INSIDE}</answer>", re.DOTALL)
 _THOUGHT = re.compile(rf"<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>", re.DOTALL)
 _FORMATS = {"think": _THOUGHT, "direct": _ANSWER}
 # One box as Qwen's models write it: alone or the only one of a list, with or without code fences.
-_EDGES = r"\s*,\s*".join([r"(\d{1,5})"] * 4)
-_ONE_BOX = rf'\{{\s*"bbox_2d"\s*:\s*\[\s*{_EDGES}\s*\]\s*(?:,\s*"label"\s*:\s*"[^"\\]*"\s*)?\}}'
-_BOX = re.compile(rf"(?:```json\s*)?(?:{_ONE_BOX}|\[\s*{_ONE_BOX}\s*\])(?:\s*```)?", re.ASCII)
+_EDGES = r"\s*,\s*".join([r"(0|[1-9]\d{0,4})"] * 4)
+_ONE_BOX = rf'\{{\s*"bbox_2d"\s*:\s*\[\s*{_EDGES}\s*\]\s*(?:,\s*"label"\s*:\s*"[^"\\\n]*"\s*)?\}}'
+_BODY = rf"(?:{_ONE_BOX}|\[\s*{_ONE_BOX}\s*\])"
+_BOX = re.compile(rf"{_BODY}|```json\s*{_BODY}\s*```", re.ASCII)
 
 
 # ==== Answers ====

@@ -1,4 +1,4 @@
-"""Builds and pretrains the demo's base model: a Qwen2.5-VL of 1.9 M parameters in the layout of a
+"""Builds and pretrains the demo's base model: a Qwen2.5-VL of 1.8 M parameters in the layout of a
 real checkpoint.
 
 It plays the part of Qwen2.5-VL-7B in the miniature: a model that sees, describes and follows
@@ -48,7 +48,8 @@ import rewards
 from assets import phantom
 from assets.phantom import ASK, ATTRIBUTES
 from support import vlm
-from support.files import write_atomic
+from support.files import claim, write_atomic
+from support.grounding import rescale
 from support.records import read_records
 from support.stage import natural, positive_int
 
@@ -88,20 +89,11 @@ ASKED = (
     "The lesion in the red box: what is its {}?",
 )
 LOCATE = (
-    "Locate {} on this slice and output its box in JSON format.",
+    rewards.LOCATE,
     "Where is {}? Answer with its bounding box as JSON.",
     "Outline the position of {} and output its coordinates in JSON format.",
 )
-TAGS = {
-    "direct": "Write only this inside <answer> </answer> tags and nothing else.",
-    "think": "Reason inside <think> </think> tags, "
-    "then write only this inside <answer> </answer> tags.",
-}
-
-
-def box_text(box: list[int], label: str) -> str:
-    """A box in Qwen2.5-VL's own grounding form, in px of the picture that the model is shown."""
-    return json.dumps({"bbox_2d": box, "label": label})
+TAGS = {mode: rewards.LOCATE_MODES[mode] for mode in ("direct", "think")}
 
 
 def thought(reasoning: str, answer: str) -> str:
@@ -126,7 +118,7 @@ def corpus() -> list[str]:
     places = [form.format(what) for form in LOCATE for what in ("the lesion", "this finding:")]
     values = list(itertools.chain(*ATTRIBUTES.values()))
     tags = [f"\n{form}" for form in TAGS.values()]
-    boxes = [box_text([20, 31, 42, 53], "lesion")]
+    boxes = [rewards.box_text([20, 31, 42, 53], "lesion")]
     rest = [*DESCRIBE, *questions, *places, *tags, *boxes, *frame, *values]
     return sentences + 40 * prompts + 20 * answers + 20 * rest
 
@@ -263,7 +255,7 @@ def read_pictures(data: Path, processor: vlm.Processor) -> Pictures:
         found = phantom.attributes(record["text"])
         pairs = zip(ATTRIBUTES.values(), found, strict=True)
         attributes.append([values.index(value) for values, value in pairs])
-        box = [round(edge * side / size) for edge in record["box"]]
+        box = rescale(record["box"], (size, size), (side, side))
         shown.append(box)
         lung = phantom.SIDES.index(found[2])
         slices.setdefault((record["volume"], record["slice"]), {})[lung] = box
@@ -403,7 +395,7 @@ def locate_lesson(text: str, box: list[int], rng: random.Random) -> Lesson:
     if rng.random() < 0.5:
         texture, shape = phantom.attributes(text)[:2]
         what, label = f"this finding: {text[0].lower()}{text[1:-1]}", f"{texture} {shape} lesion"
-    prompt, answer = rng.choice(LOCATE).format(what), box_text(box, label)
+    prompt, answer = rng.choice(LOCATE).format(what), rewards.box_text(box, label)
     mode = rng.choice(["plain", *TAGS])
     if mode != "plain":
         prompt, answer = f"{prompt}\n{TAGS[mode]}", rewards.target(answer)
@@ -554,8 +546,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--vision-steps", type=positive_int, default=2400)
     add("--language-steps", type=positive_int, default=2400)
     add("--seed", type=natural, default=0)
+    add(
+        "--overwrite", action="store_true", help="start anew where --work holds another run's state"
+    )
     args = parser.parse_args(argv)
 
+    settings = {"script": "build_tiny_vlm.py", "phantoms": args.phantoms, "seed": args.seed}
+    settings |= {"vision_steps": args.vision_steps, "language_steps": args.language_steps}
+    claim(args.work, settings, ("*.pt",), overwrite=args.overwrite)
     make_phantoms(args.data, args.phantoms)
     processor = build_processor()
     data = read_pictures(args.data, processor)

@@ -212,7 +212,7 @@ def _chest(rng, side: int) -> tuple[np.ndarray, list[np.ndarray]]:
 def _region(rng, lung: np.ndarray, shape: str, category: str) -> np.ndarray:
     """The voxels of a lesion in `lung`, both bool [H, W, D].
 
-    On a slice of 140 px it is 18 to 32 px across; it is 5 to 8 slices high.
+    On a slice of 140 px it is 16 to 38 px across; it is 5 to 9 slices high.
     """
     side = len(lung)
     unit = side / 140

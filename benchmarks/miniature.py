@@ -58,7 +58,7 @@ NOT_YET = "not done yet"
 
 
 def tasks(out: Path, seed: int) -> dict[str, tuple[list[str], str]]:
-    """Task -> (tasks that come first, command). Every command works without the others' repeat."""
+    """Task -> (tasks that come first, command)."""
     at, name = out / f"seed{seed}", f"seed{seed}"
     listed = {}
 
@@ -223,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.logs and 0 in seeds:
         size = copy_logs(args.out / "seed0", args.logs)
         print(f"{args.logs}: the training logs of seed 0, {size / 1000:.0f} kB")
+    elif args.logs:
+        print(f"{args.logs}: nothing copied, seed 0 is not finished")
     sys.exit(bool(failed))
 
 

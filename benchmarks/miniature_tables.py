@@ -130,7 +130,8 @@ def read_items(folder: Path) -> dict[str, dict[str, tuple[float, str, str]]]:
         values = {"without": row["empty"] == row["label"]}
         if row["donor"] is not None:
             values["moved"] = row["swapped"] == row["donor_class"]
-            values["stayed"] = row["swapped"] == row["predicted"]
+            own = row["predicted"]
+            values["stayed"] = own is not None and row["swapped"] == own
         for name, value in values.items():
             items[name][row["id"]] = (float(value), row["patient"], row["label"])
     for row in read_log(folder / "general.jsonl"):

@@ -104,8 +104,12 @@ def truth(task: str, record: dict, processor, size: tuple[int, int]) -> str | Bo
     if task == "diagnose":
         return record["label"]
     grid = box_grid(processor, size)
-    boxes = [rescale(box, size, grid) for box in record.get("boxes") or [record["box"]]]
-    return Boxes(boxes, *grid)
+    return Boxes([rescale(box, size, grid) for box in boxes_of(record)], *grid)
+
+
+def boxes_of(record: dict) -> list[list[int]]:
+    """The boxes, px, that are right answers to a question of locating."""
+    return record.get("boxes") or [record["box"]]
 
 
 def questions(records: list[dict], processor, mode: str, task: str) -> tuple[list, list, list]:

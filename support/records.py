@@ -123,12 +123,14 @@ def load_split(folder: Path, split: str, task: str = "diagnose") -> list[dict]:
     """
     info = dataset_info(folder)
     if info["stage"] != "02":
-        remedy = f"make its twin with 02_zoom_augment.py --data {folder}"
-        raise BadInput(f"{folder}: has no red boxes; {remedy}")
+        clean = " --clean" if task == "locate" else ""
+        remedy = f"make its twin with 02_zoom_augment.py{clean} --data {folder}"
+        raise BadInput(f"{folder}: is 01's, with no red boxes; {remedy}")
     clean = isinstance(info.get("zoom"), dict) and "clean" in info["zoom"]
     if clean != (task == "locate"):
-        remedy = "drawn without --clean" if clean else "drawn with --clean"
-        raise BadInput(f"{folder}: --task {task} needs a folder {remedy}")
+        drawn, other = ("without", "locate") if clean else ("with", "diagnose")
+        remedy = f"needs a folder drawn {drawn} --clean, or give --task {other}"
+        raise BadInput(f"{folder}: --task {task} {remedy}")
     records = read_records(folder, split)
     if not records:
         raise BadInput(f"{folder}/{split}/metadata.jsonl: holds no records")

@@ -62,18 +62,19 @@ def check_entry(entry: object) -> Case:
     return Case(name, tuple(shape), tuple(keys), tuple(texts), tuple(codes))
 
 
-def read_cases(path: Path) -> tuple[list[Case], list[dict]]:
+def read_cases(path: Path, names: tuple = ("train", "val")) -> tuple[list[Case], list[dict]]:
     """The usable entries of dataset.json, sorted by name, and what was skipped and why.
 
-    Read are `train` and `val`; the real `test` has no masks. Raises BadInput when `path` is no
+    Read are the parts `names`; the real `test` has no masks. Raises BadInput when `path` is no
     such file at all.
     """
     data = read_json(path)
     parts = []
     if isinstance(data, dict):
-        parts = [data[part] for part in ("train", "val") if part in data]
+        parts = [data[name] for name in names if name in data]
     if not parts or not all(isinstance(part, list) for part in parts):
-        raise BadInput(f"{path}: an object with lists under 'train' and 'val' is needed")
+        needed = " and ".join(f"'{name}'" for name in names)
+        raise BadInput(f"{path}: an object with lists under {needed} is needed")
     cases, skipped = {}, []
     for entry in chain(*parts):
         try:
@@ -85,6 +86,20 @@ def read_cases(path: Path) -> tuple[list[Case], list[dict]]:
             name = entry.get("name") if isinstance(entry, dict) else None
             skipped.append(fault(f"{name!r:.80}", None, f"{path}: {error}"))
     return [cases[name] for name in sorted(cases)], skipped
+
+
+def read_test_cases(path: Path, dataset: Path) -> tuple[list[Case], list[dict]]:
+    """As `read_cases`, of another index's `val` the patients that `dataset`, dataset.json, lacks.
+
+    Its masks are exhaustive. What dataset.json lists may have been trained on.
+    """
+    cases, skipped = read_cases(path, ("val",))
+    known = {case.patient for case in read_cases(dataset)[0]}
+    new = [case for case in cases if case.patient not in known]
+    if len(new) < len(cases):
+        left_out = f"{len(cases) - len(new)} of {len(cases)} volumes left out"
+        print(f"{path}: {left_out}, whose patients are in {dataset.name}", file=sys.stderr)
+    return new, skipped
 
 
 def fault(volume: str, finding: str | None, reason: str) -> dict:
@@ -116,7 +131,7 @@ def finding_axis(shape: tuple[int, ...], case: Case) -> int | None:
     if shape == case.shape and count == 1:
         return None
     expected = f"{count} finding(s) of shape {case.shape}"
-    raise BadInput(f"mask of shape {shape}, but dataset.json says {expected}")
+    raise BadInput(f"mask of shape {shape}, but the index says {expected}")
 
 
 def find_ct(ct_rate: Path, case: Case) -> Path:

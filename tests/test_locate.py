@@ -1,7 +1,9 @@
 """The second task: boxes as answers, their grid, clean slices, predicted boxes, the chain."""
 
+import copy
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -56,6 +58,10 @@ PARSED = [
     (f"{BOX} or so", False),
     (f"[{BOX}", False),
     (f"{BOX}]", False),
+    (f"{BOX}\n```", False),  # a code fence that was not opened
+    (f"```json\n{BOX}", False),  # or not closed
+    ('{"bbox_2d": [010, 020, 40, 60]}', False),  # no JSON
+    ('{"bbox_2d": [10, 20, 40, 60], "label": "a\nb"}', False),
     ("", False),
 ]
 
@@ -148,12 +154,15 @@ def test_the_prompts_ask_for_what_the_parser_reads():
 # ==== Grids ====
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
-@given(st.integers(40, 700), st.integers(40, 700))
-def test_the_grid_is_the_picture_that_the_processor_makes(processor, width, height):
+@pytest.mark.parametrize("patch", [14, 16])
+@hypothesis_settings(max_examples=20, deadline=None)
+@given(width=st.integers(40, 700), height=st.integers(40, 700))
+def test_the_grid_is_the_picture_that_the_processor_makes(processor, patch, width, height):
     """Of odd sizes, too: width and height must not be exchanged."""
     assume(max(width, height) / min(width, height) < 20)
+    processor = copy.deepcopy(processor)
     cut = processor.image_processor
+    cut.patch_size = patch
     _, rows, columns = cut(images=[Image.new("RGB", (width, height))])["image_grid_thw"][0]
     made = int(columns) * cut.patch_size, int(rows) * cut.patch_size
     assert box_grid(processor, (width, height)) == made
@@ -216,7 +225,8 @@ def test_a_clean_slice_has_nothing_drawn_and_asks_where(folders):
         for record in same:  # the boxes of every finding on the slice
             assert all(box in new["boxes"] for box in record["boxes"])
         several += len(same) > 1
-        assert "answer" in new and not any(name in new["question"] for name in rewards.CLASSES)
+        assert new["answer"] == f"<answer>{rewards.box_text(new['box'])}</answer>"
+        assert not any(name in new["question"] for name in rewards.CLASSES)
     assert several > 5
 
 
@@ -323,8 +333,8 @@ def test_the_chain_from_clean_slices_to_a_diagnosis(folders, tmp_path):
     assert [row["id"] for row in rows] == [record["id"] for record in records]
     for row, record in zip(rows, records, strict=True):
         best = max(iou(row["box"], box) for box in record["boxes"]) if row["box"] else 0
-        # The model's grid is not the slice's: a box moves by half a step on its way.
-        assert row["iou"] == pytest.approx(best, abs=0.1)
+        assert row["iou"] == pytest.approx(best)
+    assert any(row["box"] for row in rows)
     metrics = json.loads((tmp_path / "where" / "metrics.json").read_text())
     shown = metrics["models"]["grpo"]["modes"]["direct"]
     assert shown["iou"] == pytest.approx(np.mean([row["iou"] for row in rows]))
@@ -338,10 +348,18 @@ def test_the_chain_from_clean_slices_to_a_diagnosis(folders, tmp_path):
     assert answered["n"] == len(records)
 
 
-def test_one_picture_of_ones_own(folders, capsys):
+def test_one_slice_of_ones_own_is_located_drawn_and_diagnosed(folders, tmp_path, capsys):
     evaluation = importlib.import_module("05_eval")
-    record = read_records(folders[0], "test")[0]
-    flags = ["--task", "locate", "--image", str(record["image"]), "--model", str(vlm.TINY)]
-    evaluation.main([*flags, "--think", "no"])
+    record, zoomed = read_records(folders[0], "test")[0], str(tmp_path / "zoomed.png")
+    where = ["--task", "locate", "--think", "no", "--model", str(vlm.TINY), "--image"]
+    evaluation.main([*where, str(record["image"])])
     told = capsys.readouterr().out
-    assert "tiny-qwen2.5-vl, direct" in told and "answers: " in told
+    assert "tiny-qwen2.5-vl, direct" in told
+    box = re.search(r"answers: \[(\d+), (\d+), (\d+), (\d+)\]\n", told).groups()
+    x0, y0, x1, y1 = map(int, box)
+    width, height = open_picture(record["image"]).size
+    assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+    draw.main(["--image", str(record["image"]), "--box", *box, "--out", zoomed])
+    evaluation.main(["--model", str(vlm.TINY), "--image", zoomed])
+    told = capsys.readouterr().out
+    assert any(f"answers: {name}\n" in told for name in rewards.CLASSES)

@@ -272,14 +272,20 @@ def test_a_slice_lists_the_boxes_of_all_its_findings_also_without_a_class(tmp_pa
 
 
 def test_another_index_is_for_testing_alone(tmp_path, capsys):
-    """Its patients train nothing, however many; the set's own dataset.json is not read."""
+    """Of its val every patient, however many, that dataset.json lacks; its train not at all."""
     entries = [ct.add_case(tmp_path, f"valid_{i}_a_1.nii.gz") for i in (1, 2, 3)]
-    flags = ct.write_index(tmp_path, [], entries)
+    known = ct.add_case(tmp_path, "valid_4_a_1.nii.gz")
+    again = ct.add_case(tmp_path, "valid_4_b_2.nii.gz")  # the same patient, another scan
+    partly = ct.add_case(tmp_path, "train_5_a_1.nii.gz")
+    ct.write_index(tmp_path, [partly], [*entries, known, again])
     rex = tmp_path / "rex"
     (rex / "dataset.json").rename(rex / "challenge.json")
+    flags = ct.write_index(tmp_path, [known])
     info, records = build(flags, tmp_path / "out", "--index", str(rex / "challenge.json"))
     assert info["records"] == {"train": 0, "test": len(records)} and len(records) >= 3
     assert info["settings"]["index"] == "challenge.json"
+    assert {record["patient"] for record in records} == {"valid_1", "valid_2", "valid_3"}
+    assert "2 of 5 volumes left out, whose patients are in dataset.json" in capsys.readouterr().err
     stage.main([*flags, "--list-ct", "--index", str(rex / "challenge.json")])
     assert len(capsys.readouterr().out.split("dataset/valid_fixed")) == 4
     with pytest.raises(SystemExit):

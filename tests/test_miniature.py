@@ -185,6 +185,8 @@ def write_answers(out, count):
             row |= {"swapped": "two" if "eval_rl" in name else "one", "empty": None}
             if i == 0:  # right without reasoning, and no donor
                 row |= {"donor": None, "donor_class": None, "swapped": None, "empty": row["label"]}
+            if "eval_base" in name:  # neither answer can be read
+                row |= {"predicted": None, "swapped": None}
             swapped += json.dumps(row) + "\n"
         (folder / "predictions.jsonl").write_text(lines)
         if name.rpartition("eval_")[2] in miniature_tables.MAIN:
@@ -221,6 +223,7 @@ def test_the_three_measures_by_hand(tmp_path):
     (run / "metrics.jsonl").write_text(lines)
     text = miniature_tables.report(tmp_path, [4], {"seed4/rl_no_format": "exit 1: oh"})
     nothing, all_of = "0.0 (0.0)", "100.0 (100.0)"
+    assert f"| base | {nothing} | {nothing} |  | {nothing} |" in text
     assert f"| SFT | {nothing} | {all_of} |  | 50.0 (50.0) | 5.0 (5.0) |" in text
     assert f"| SFT + RL, all rewards | {all_of} | {nothing} |  | 50.0 (50.0) | 5.0 (5.0) |" in text
     moved = "RL makes the answer follow a swapped reasoning | none (+) | +100.0 (+100.0 to +100.0)"

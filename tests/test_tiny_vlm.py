@@ -129,26 +129,12 @@ def ask(model, processor, records, prompts, tokens=48, sample=False, begun=None)
     ends = {"eos_token_id": stops, "pad_token_id": stops[0], "do_sample": sample}
     for first in range(0, len(records), 40):
         part = slice(first, first + 40)
-        batch = vlm.encode(processor, pictures(records[part]), prompts[part])
-        if begun:
-            batch = prefilled(batch, processor, begun[part])
+        images, begin = pictures(records[part]), begun and begun[part]
+        batch = vlm.encode(processor, images, prompts[part], begun=begin)
         width = batch["input_ids"].shape[1]
         out = model.generate(**batch, max_new_tokens=tokens, **ends)
         texts += [vlm.decode(processor, row, stops) for row in out[:, width:].tolist()]
     return texts
-
-
-def prefilled(batch: dict, processor, begun: list[str]) -> dict:
-    """The batch with the beginnings of its completions, padded on the left again."""
-    rows = []
-    for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], begun, strict=True):
-        rows.append([*ids[mask.bool()].tolist(), *processor.tokenizer(text)["input_ids"]])
-    width, image = max(map(len, rows)), processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    batch["input_ids"] = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    batch["attention_mask"] = torch.tensor(mask)
-    batch["mm_token_type_ids"] = (batch["input_ids"] == image).int()
-    return batch
 
 
 def share(flags) -> float:
@@ -199,15 +185,6 @@ def test_it_follows_both_forms_and_diagnoses_at_chance(model, processor, unseen,
         assert share(rewards.format_reward(text, mode) for text in texts) > 0.9
 
 
-def overlap(one: list[int], other: list[int]) -> float:
-    """The IoU of two boxes."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    common = max(width, 0) * max(height, 0)
-    areas = [max(box[2] - box[0], 0) * max(box[3] - box[1], 0) for box in (one, other)]
-    return common / max(sum(areas) - common, 1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tags", [None, "direct", "think"])
 def test_it_locates_a_named_finding_roughly(model, processor, unseen, tags):
@@ -221,7 +198,7 @@ def test_it_locates_a_named_finding_roughly(model, processor, unseen, tags):
     for text, record, picture in zip(texts, records, pictures(records), strict=True):
         found = re.search(r'{"bbox_2d": \[(\d+), (\d+), (\d+), (\d+)\], "label": "[a-z ]+"}', text)
         box = [round(edge * 140 / picture.width) for edge in record["box"]]
-        values.append(overlap(list(map(int, found.groups())), box) if found else 0.0)
+        values.append(rewards.iou([int(x) for x in found.groups()], box) if found else 0.0)
     print(f"IoU: {sum(values) / len(values):.3f}")
     assert 0.3 <= sum(values) / len(values) <= 0.55, values
 
