@@ -65,12 +65,11 @@ from support.nifti import Nifti, picture_planes, read_header, read_slabs
 from support.records import OUTPUTS, write_records
 from support.rexgroundingct import (
     Case,
+    choose_cases,
     ct_rate_path,
     fault,
     find_ct,
     finding_axis,
-    read_cases,
-    read_test_cases,
     report_skipped,
 )
 from support.stage import bounded, finite, fraction, natural, parallel, positive_int
@@ -410,12 +409,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 # ==== 8. The stage ====
-
-
-def choose_cases(rex: Path, index: Path | None) -> tuple[list[Case], list[dict]]:
-    """The volumes to use, and what was skipped: of dataset.json or, to test on, of `index`."""
-    dataset = rex / "dataset.json"
-    return read_test_cases(index, dataset) if index else read_cases(dataset)
 
 
 def build(args: argparse.Namespace) -> None:

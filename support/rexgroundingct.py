@@ -88,18 +88,21 @@ def read_cases(path: Path, names: tuple = ("train", "val")) -> tuple[list[Case],
     return [cases[name] for name in sorted(cases)], skipped
 
 
-def read_test_cases(path: Path, dataset: Path) -> tuple[list[Case], list[dict]]:
-    """As `read_cases`, of another index's `val` the patients that `dataset`, dataset.json, lacks.
+def choose_cases(rex: Path, index: Path | None) -> tuple[list[Case], list[dict]]:
+    """`read_cases` of dataset.json or, to test on, of the `val` of another index.
 
-    Its masks are exhaustive. What dataset.json lists may have been trained on.
+    Of the latter, whose masks are exhaustive, the patients that dataset.json lists are left out:
+    they may have been trained on.
     """
-    cases, skipped = read_cases(path, ("val",))
-    known = {case.patient for case in read_cases(dataset)[0]}
-    new = [case for case in cases if case.patient not in known]
-    if len(new) < len(cases):
-        left_out = f"{len(cases) - len(new)} of {len(cases)} volumes left out"
-        print(f"{path}: {left_out}, whose patients are in {dataset.name}", file=sys.stderr)
-    return new, skipped
+    dataset = rex / "dataset.json"
+    cases, skipped = read_cases(dataset)
+    if index:
+        known = {case.patient for case in cases}
+        listed, skipped = read_cases(index, ("val",))
+        cases = [case for case in listed if case.patient not in known]
+        left_out = f"{len(listed) - len(cases)} of {len(listed)} volumes left out"
+        print(f"{index}: {left_out}, whose patients are in {dataset.name}", file=sys.stderr)
+    return cases, skipped
 
 
 def fault(volume: str, finding: str | None, reason: str) -> dict:
