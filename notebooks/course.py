@@ -5,12 +5,16 @@ of it unless an earlier lesson has. Importing this module moves to the repositor
 scripts are.
 """
 
+import base64
 import contextlib
+import functools
 import importlib
 import io
 import json
 import os
+import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +87,8 @@ for name in ("predicted", "whole"):
 for name in ("jitter_0.7", "jitter_0.5", "jitter_0.3", "jitter_0"):
     flags = f"--data {WORK}/{name} --model {WORK}/grpo --think yes --no-skill --overwrite"
     COMMANDS[f"eval_{name}"] = ("05_eval", flags)
-LAST_FILE = ("dataset_info.json", "config.json", "table.md")  # what a stage writes when it is done
+# What a stage writes when it is done.
+LAST_FILE = ("dataset_info.json", "config.json", "metrics.json")
 
 
 def stage(script: str, *flags: str, quiet: bool = False) -> None:
@@ -132,12 +137,27 @@ def table(header: list, rows: list) -> Markdown:
     return Markdown("\n".join(lines))
 
 
+def save_plots() -> None:
+    """Writes the slides' pictures, plots/<lesson>_<cell>.png, from the lessons' saved outputs."""
+    for page in Path("notebooks/slides").glob("*.md"):
+        for lesson, cell in re.findall(r"plots/(\d_[a-z]+)_([\w-]+)\.png", page.read_text("utf-8")):
+            notebook = json.loads(Path(f"notebooks/{lesson}.ipynb").read_text("utf-8"))
+            outputs = next(c["outputs"] for c in notebook["cells"] if c["id"] == cell)
+            pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+            for picture in pictures:
+                path = page.parent / "plots" / f"{lesson}_{cell}.png"
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(base64.b64decode(picture))
+
+
 def guarded(function, folder: str) -> Callable:
     """`function`, but a call raises AssertionError unless the work is done by code of one's own.
 
     It must come from a file in `folder`, where the kernel keeps a notebook's cells, and no function
-    of the project may run within it: neither under another name nor from a module loaded anew.
+    of the project may run within it: neither under another name, nor from a module loaded anew, nor
+    in a thread.
     """
+    real = functools.lru_cache(os.path.realpath)  # a module's path may hold ".." or a link
 
     def call(*args, **kwargs):
         code = getattr(function, "__code__", None)
@@ -147,15 +167,19 @@ def guarded(function, folder: str) -> Callable:
 
         def watch(frame, event, _):
             file = frame.f_code.co_filename
-            if event == "call" and os.path.dirname(file) in PROJECT:
+            if event != "call" or file.startswith("<"):  # "<string>" is no file
+                return
+            if os.path.dirname(real(file)) in PROJECT:
                 borrowed.append(f"{frame.f_code.co_name} of {os.path.basename(file)}")
 
-        before = sys.getprofile()
+        before = sys.getprofile(), threading.getprofile()
         sys.setprofile(watch)
+        threading.setprofile(watch)  # of threads that begin within
         try:
             result = function(*args, **kwargs)
         finally:
-            sys.setprofile(before)
+            sys.setprofile(before[0])
+            threading.setprofile(before[1])
         assert not borrowed, f"it calls {borrowed[0]}: write it yourself"
         return result
 
