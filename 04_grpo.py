@@ -75,7 +75,7 @@ from support.stage import (
 )
 
 # Used instead of the defaults when --model descends from the tiny demo checkpoint.
-DEMO = {"steps": 200, "prompts_per_step": 16, "micro_batch": 16, "inner_epochs": 2}
+DEMO = {"steps": 120, "prompts_per_step": 16, "micro_batch": 16, "inner_epochs": 2}
 DEMO |= {"lr": 1e-4, "warmup_ratio": 0.1, "schedule": "cosine", "max_new_tokens": 60}
 CLIP_NORM = 1.0  # of the gradient; the paper does not say
 CURVES = ["reward", "format", "validity", "correctness", "kl", "clip_fraction", "entropy", "tokens"]
