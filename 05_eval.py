@@ -6,7 +6,7 @@ Prompts and parser are those of training (rewards.py).
     python 05_eval.py                                     the base, runs/sft and runs/grpo
     python 05_eval.py --model runs/sft runs/grpo --judge openai/gpt-oss-20b --textvqa val.json
     python 05_eval.py --model runs/grpo --image zoomed.png      one picture, drawn by 02 --image
-    python 05_eval.py --task locate --data data/ct_rate_vqa_clean --model runs/locate
+    python 05_eval.py --task locate --data data/ct_rate_vqa_clean --model runs/locate --think yes
 
 Writes to --out predictions.jsonl (per answer: text, class read, truth, reward parts),
 general.jsonl (per general-skill answer: text, right answers, score), swapped.jsonl, metrics.json,
