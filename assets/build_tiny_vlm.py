@@ -360,12 +360,12 @@ def lesson(data: Pictures, row: int, rng: random.Random) -> Lesson:
     """What is asked of a record. The truth about its class is never read."""
     text, kind = data.records[row]["text"], rng.random()
     form = "zoom" if rng.random() < 0.6 else "marked"
-    if kind < 0.18:
+    if kind < 0.15:
         return Lesson(form, rng.choice(DESCRIBE), [text])
-    if kind < 0.53:
+    if kind < 0.45:
         other = rng.choice(data.records)["text"]
         return attribute_lesson(form, text, other, rng)
-    if kind < 0.68:
+    if kind < 0.65:
         return locate_lesson(text, data.shown[row], rng)
     if kind < 0.80:
         answers = [rewards.target(label) for label in rewards.CLASSES]
@@ -374,16 +374,16 @@ def lesson(data: Pictures, row: int, rng: random.Random) -> Lesson:
 
 
 def attribute_lesson(form: str, text: str, other: str, rng: random.Random) -> Lesson:
-    """A question on one attribute, in six of ten with reasoning.
+    """A question on one attribute, in three of ten with reasoning.
 
-    Then the answer is what the reasoning says, in two thirds of them that of another slice.
+    Then the answer is what the reasoning says, in half of them that of another slice.
     """
     a = rng.randrange(len(ATTRIBUTES))
     prompt = rng.choice(ASKED).format(list(ATTRIBUTES)[a])
-    if rng.random() < 0.4:
+    if rng.random() < 0.7:
         return Lesson(form, prompt, [phantom.attributes(text)[a]])
     given = ""
-    if rng.random() < 2 / 3:
+    if rng.random() < 0.5:
         text, given = other, f"<think>{other}</think"
     answer = thought(text, rewards.target(phantom.attributes(text)[a]))
     return Lesson(form, f"{prompt}\n{TAGS['think']}", [answer.removeprefix(given)], given)
