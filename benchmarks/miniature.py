@@ -48,8 +48,9 @@ RL = {
 }
 # What 05 is asked beside both prompts, or instead: no more than the report shows.
 DIRECT, THINK = "--think no --no-skill", "--think yes --no-skill"
-ASKED = {arm: "--swap-thinking" for arm in MAIN}
-ASKED |= {"rl_direct": "", "sft_plain": DIRECT, "sft_corner": DIRECT}
+ASKED = dict.fromkeys(MAIN, "--swap-thinking")
+ASKED |= {"rl_no_sft": "--swap-thinking --no-skill", "rl_direct": ""}
+ASKED |= {"sft_plain": DIRECT, "sft_corner": DIRECT}
 LOCATE = "--task locate"
 NOT_YET = "not done yet"
 

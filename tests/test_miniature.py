@@ -189,7 +189,7 @@ def write_answers(out, count):
                 row |= {"predicted": None, "swapped": None}
             swapped += json.dumps(row) + "\n"
         (folder / "predictions.jsonl").write_text(lines)
-        if name.rpartition("eval_")[2] in miniature_tables.MAIN:
+        if name.rpartition("eval_")[2] in miniature_tables.SWAPPED:
             (folder / "swapped.jsonl").write_text(swapped)
 
 
