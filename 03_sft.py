@@ -76,7 +76,7 @@ from support.stage import (
 )
 
 # Used instead of the defaults when --model descends from the tiny demo checkpoint.
-DEMO = {"train": "mlp", "max_steps": 60, "batch_size": 32, "micro_batch": 32, "lr": 5e-4}
+DEMO = {"train": "mlp", "max_steps": 30, "batch_size": 32, "micro_batch": 32, "lr": 5e-4}
 CLIP_NORM = 1.0  # of the gradient; the paper does not say
 
 

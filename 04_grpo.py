@@ -75,8 +75,8 @@ from support.stage import (
 )
 
 # Used instead of the defaults when --model descends from the tiny demo checkpoint.
-DEMO = {"steps": 120, "prompts_per_step": 16, "micro_batch": 16, "inner_epochs": 2}
-DEMO |= {"lr": 1e-4, "warmup_ratio": 0.1, "schedule": "cosine", "max_new_tokens": 60}
+DEMO = {"steps": 200, "micro_batch": 8, "inner_epochs": 2, "max_new_tokens": 60}
+DEMO |= {"lr": 2e-4, "warmup_ratio": 0.1, "schedule": "cosine"}
 CLIP_NORM = 1.0  # of the gradient; the paper does not say
 CURVES = ["reward", "format", "validity", "correctness", "kl", "clip_fraction", "entropy", "tokens"]
 CURVES += ["grad_norm"]

@@ -53,12 +53,12 @@ COMMANDS = {
         "05_eval",
         f"--data {WORK}/zoom --model {BASE} {WORK}/sft {WORK}/grpo --swap-thinking --overwrite",
     ),
-    # Lesson 6. Half of the demo's 120 steps of GRPO: the course is to take minutes.
+    # Lesson 6. Half of the demo's 200 steps of GRPO: the course is to take minutes.
     "clean": ("02_zoom_augment", f"--data {WORK}/slices --clean --workers 1"),
     "locate_sft": ("03_sft", f"--task locate --data {WORK}/clean --model {BASE}"),
     "locate": (
         "04_grpo",
-        f"--task locate --prompt direct --steps 60 --data {WORK}/clean --model {WORK}/locate_sft",
+        f"--task locate --prompt direct --steps 100 --data {WORK}/clean --model {WORK}/locate_sft",
     ),
     "where": (
         "05_eval",
