@@ -50,10 +50,10 @@ SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_
 TINY_VISION = {"hidden_size": 128, "depth": 4, "intermediate_size": 344, "num_heads": 4}
 TINY_VISION |= {"fullatt_block_indexes": [3]}
 # TEXT, mrope_section, vision tower. "tiny" has the proportions of the 3B: 5.7 M parameters; "micro"
-# is for checks that look at no time.
+# is for checks that look at no time. None: as many words as the tiny tokenizer has.
 SHAPES = {
-    "micro": ((128, 2, 384, 4, 2, 560, True), [4, 6, 6], TINY_VISION),
-    "tiny": ((256, 4, 1152, 8, 2, 560, True), [4, 6, 6], TINY_VISION),
+    "micro": ((128, 2, 384, 4, 2, None, True), [4, 6, 6], TINY_VISION),
+    "tiny": ((256, 4, 1152, 8, 2, None, True), [4, 6, 6], TINY_VISION),
     "3b": ((2048, 36, 11008, 16, 2, 151936, True), [16, 24, 24], {"hidden_size": 1280}),
     "7b": ((3584, 28, 18944, 28, 4, 152064, False), [16, 24, 24], {"hidden_size": 1280}),
 }
@@ -73,6 +73,7 @@ def build_model(
     numbers, sections, vision = SHAPES[shape]
     tiny = build_tiny_vlm.build_config(tokenizer)
     text = dict(zip(TEXT, numbers, strict=True))
+    text["vocab_size"] = text["vocab_size"] or tiny.text_config.vocab_size
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     text |= {"rope_parameters": rope, "bos_token_id": tiny.text_config.bos_token_id}
     text |= {"eos_token_id": tiny.text_config.eos_token_id}
