@@ -204,6 +204,7 @@ def plot_examples(path: Path, cases: list[dict]) -> None:
         look = {"parse_math": False, "color": "k" if case["correctness"] else "tab:red"}
         axis.imshow(open_picture(case["image"]))
         axis.set_title("\n".join(lines), fontsize=9, loc="left", **look)
+        axis.set_anchor("S")  # close to its title
         axis.axis("off")
     save_figure(path, figure)
 

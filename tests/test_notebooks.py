@@ -184,7 +184,7 @@ def test_every_open_task_has_its_answer():
     assert tasks == answers
     assert [task[0] for task in tasks] == sorted(task[0] for task in tasks)
     for session in "123":
-        assert 2 <= sum(task[0] == session for task in tasks) <= 3
+        assert 3 <= sum(task[0] == session for task in tasks) <= 4
 
 
 # ==== exercises ====
@@ -463,8 +463,16 @@ def hide(f):
             return pool.submit(f, *given, **named).result()
     return call
 """
+UNWATCHED = """
+import sys
+def hide(f):
+    def call(*given, **named):
+        sys.setprofile(None)
+        return f(*given, **named)
+    return call
+"""
 WAYS = ["project", "lambda", "loaded", "lambda loaded", "executed", "lambda roundabout"]
-WAYS += ["thread", "thread loaded"]
+WAYS += ["thread", "thread loaded", "lambda text", "unwatched"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -478,19 +486,31 @@ def test_calling_what_is_written_already_earns_no_point(name, way, solve, capsys
     code = SCRIPTS + loaded
     if way in ("project", "lambda", "thread"):
         code += CHEATS[name] + "\n"
+    elif way == "lambda text":  # executed apart
+        code += f"text = {{}}\nexec(open('notebooks/solutions/{name}.py').read(), text)\n"
+        code += "".join(f"{function} = text['{function}']\n" for function in functions)
     elif way == "executed":  # the project's text, not its function
         code += f"exec(open('notebooks/solutions/{name}.py').read())\n"
     else:
         code += "".join(f"{function} = solution.{function}\n" for function in functions)
-    if "lambda" in way or "thread" in way:
+    if "lambda" in way or "thread" in way or way == "unwatched":
         code += "def hide(f): return lambda *given, **named: f(*given, **named)\n"
         code += IN_A_THREAD if "thread" in way else ""
+        code += UNWATCHED if way == "unwatched" else ""
         code += "".join(f"{function} = hide({function})\n" for function in functions)
     with pytest.raises(AssertionError, match="not solved yet"):
         solve(name, code)
     told = capsys.readouterr().out
     assert re.search("write the function in the cell above|write it yourself", told)
     assert told.rstrip().splitlines()[-1].startswith("0 of ")
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_function_that_finds_nothing_earns_no_point(name, solve, capsys):
+    stub = cells(COURSE / "exercises" / f"{name}.ipynb", "stub")[0]
+    with pytest.raises(AssertionError, match="not solved yet"):
+        solve(name, re.sub(r"raise NotImplementedError\(.+\)", "return None", stub))
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("0 of ")
 
 
 # ==== grades ====
