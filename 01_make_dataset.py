@@ -116,7 +116,7 @@ def split_patients(patients: set[str], test_fraction: float, seed: int) -> dict[
     """patient -> "train" or "test": a seeded shuffle, the first are test (paper, Section 3.1).
 
     Patients whose volumes turn out unusable take part, so that the split stays when a broken
-    download is mended. Neither side is empty, unless a fraction of 0 or 1 is asked for.
+    download is mended. Of two patients or more neither side is empty, but by a fraction of 0 or 1.
     """
     order = sorted(patients)
     random.Random(seed).shuffle(order)
@@ -379,16 +379,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rexgroundingct", type=Path, metavar="DIR", help="with dataset.json and segmentations/")
     add("--ct-rate", type=Path, metavar="DIR", help="CTs: CT-RATE's own tree, or one flat folder")
     volumes = bounded(int, 1, 100_000, "a whole number from 1 to 100,000")
-    add("--index", type=Path, metavar="FILE", help="its val, patients new to dataset.json: to test")
+    add("--index", type=Path, metavar="FILE", help="test on its val patients new to dataset.json")
     add("--phantoms", type=volumes, metavar="N", help="synthetic volumes (default 360)")
-    add("--list-ct", action="store_true", help="print the CT-RATE paths that are needed, and stop")
+    add("--list-ct", action="store_true", help="print the index's CT-RATE paths, and stop")
     add = parser.add_argument_group("what is kept").add_argument
     add("--max-slices", type=positive_int, default=20, metavar="N", help="per case (paper: 20)")
-    add("--cap", choices=("finding", "volume"), default="finding", help="what a case is (finding)")
+    add("--cap", choices=("finding", "volume"), default="finding", help="a case is one (finding)")
     text = "boxes larger than this share of the slice (the paper and default: 1300/512**2)"
     add("--min-box-fraction", type=fraction, default=1300 / 512**2, metavar="F", help=text)
     add("--test-fraction", type=fraction, default=0.2, metavar="F", help="of patients (paper: 0.2)")
-    add("--window", type=finite, nargs=2, default=(-600, 1500), metavar="HU", help="of gray values")
+    add("--window", type=finite, nargs=2, default=(-600, 1500), metavar="HU", help="centre, width")
     add("--seed", type=natural, default=0, help="of the patient split and of the phantoms (0)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("data/ct_rate_vqa"), help="dataset folder (%(default)s)")

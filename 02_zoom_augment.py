@@ -115,9 +115,9 @@ def crop_square(size: tuple[int, int], box: list[int], margin: float) -> tuple[i
 
     Its side is the longer side of `box` times 1 + 2 * margin: a square, so that the anatomy is not
     distorted, however long and thin the box. It lies around the box's centre; at the picture's edge
-    it is shifted inside; a large one gives up margin to fit. Only a box longer than the picture's
-    shorter side makes it reach over that side's both edges alike (the crop is black there). The box
-    is always whole inside it.
+    it is shifted inside; a large one gives up margin to fit. The square of a box
+    longer than the picture's shorter side reaches as far beyond its one edge as beyond the other,
+    and the crop is black there. The box is always whole inside it.
     """
     width, height = size
     longest = max(box[2] - box[0], box[3] - box[1])
@@ -245,10 +245,9 @@ def augment(
 def draw_records(records: list[dict], folder: Path, zoom: dict, instead: dict) -> list[tuple]:
     """Draws the pictures of some records in `folder`, their split's.
 
-    `zoom` are the arguments of `augment`, `instead` is that of `box_to_draw`, or has "clean" for
-    nothing at all. Returns pairs, the new
-    record and its `patch_figures`, None without a patch. Pictures that are there are kept: they
-    appear by rename, so they are whole.
+    `zoom` are the arguments of `augment`, `instead` that of `box_to_draw`; with "clean" in it
+    nothing is drawn. Returns pairs: the new record and its `patch_figures`, None without a patch.
+    Pictures that are there are kept: they appear by rename, so they are whole.
     """
     results = []
     for record in records:
@@ -334,9 +333,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--no-patch", action="store_true", help='the red box only: the "None" arm of Table 3')
     add("--margin", type=non_negative, default=0.25, help="around the box, of its long side (0.25)")
     add("--border", type=fraction, default=0.03, help="green, of the patch's side (0.03)")
-    text = "upper-left (default, the paper's), or auto: the one far from the box"
+    text = "upper-left (default, the paper's), or auto: where it hides least of the box"
     add("--patch-corner", choices=("upper-left", "auto"), default="upper-left", help=text)
-    group = parser.add_argument_group("a wrong box (not in the paper): what does it cost?")
+    group = parser.add_argument_group("which box is drawn (not in the paper)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--jitter", type=fraction, metavar="IOU", help="drawn from a box of this IoU with the true")
     add("--whole", action="store_true", help="drawn from none: the whole slice is taken as the box")
@@ -347,7 +346,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--clean", action="store_true", help="nothing is drawn; the question is where the lesion is"
     )
     text = "with --clean: ask for the finding in the report's words, not for the lesion"
-    parser.add_argument("--name-finding", action="store_true", help=text)
+    group.add_argument("--name-finding", action="store_true", help=text)
     args = parser.parse_args(argv)
     if args.patch == 0 or args.margin > 10 or not 0 < args.border < 0.5:
         parser.error("--patch and --border begin above 0; --border ends below 0.5, --margin at 10")
@@ -430,6 +429,8 @@ def draw(args: argparse.Namespace) -> None:
     info |= {"stage": "02", "zoom": zoom | instead}
     if args.boxes:
         info["records"] = {split: len(rows) for split, rows in records.items()}
+        for key in ("volumes", "patients", "slices", "classes"):  # 01's, of all records
+            info.pop(key, None)
     size = ""
     if zoom["patch"] and figures:
         info["patch_statistics"] = patch_statistics(figures)

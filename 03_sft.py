@@ -1,4 +1,4 @@
-"""Stage I: supervised fine-tuning of Qwen2.5-VL on direct answers, MLP layers only.
+"""Stage I: supervised fine-tuning of Qwen2.5-VL on direct answers.
 
 Paper, Section 3.2. The model learns to name the lesion's class under the direct prompt:
 `<answer>Emphysema</answer>`. The loss is the mean negative log-likelihood of the answer's tokens
@@ -6,9 +6,9 @@ Paper, Section 3.2. The model learns to name the lesion's class under the direct
 
     L_SFT = - 1/|answer tokens| * sum_t log pi_theta(y_t | picture, prompt, y_<t).
 
-Only MLP layers are trained, so that what the pretrained model can do otherwise, reasoning above
-all, stays intact. The paper does not say which MLPs; our default is the merger, the MLP between
-vision and language (see --train).
+The paper trains MLP layers only, so that what the pretrained model can do otherwise, reasoning
+above all, stays intact. It does not say which MLPs; our default is the merger, the MLP between
+vision and language (see --train). With the tiny model DEMO below replaces the defaults.
 
     python 03_sft.py                                              the tiny model, half a minute
     python 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data data/real_zoom          one GPU
@@ -25,9 +25,9 @@ that --resume must match), checkpoint-*/ for --resume, and metrics.jsonl with on
     peak_memory_gib    the most memory that rank 0 has held so far: of its GPU, or of the machine
 
 Ctrl-C and SIGTERM let the step end, save it and exit with 130 or 143 (torchrun itself with 1);
---resume then goes on bit for bit on a CPU, also with another number of processes. After a signal
-torchrun kills its processes within its --shutdown-timeout (30 s): give it, and Slurm's KillWait,
-what a step and a checkpoint take.
+--resume then goes on, bit for bit on a CPU, with another number of processes up to rounding. After
+a signal torchrun kills its processes within its --shutdown-timeout (30 s): give it, and Slurm's
+KillWait, what a step and a checkpoint take.
 
 Several machines that share a disk (04 and 05 alike):
 
@@ -164,7 +164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def sft(args: argparse.Namespace) -> None:
-    """Trains, with everything frozen but the chosen MLPs, and leaves the checkpoint in --out."""
+    """Trains what --train names, everything else frozen, and leaves the checkpoint in --out."""
     world = distributed.start()
     records = load_split(args.data, "train", args.task)
     distributed.check_batch("--batch-size", args.batch_size, world, args.shard)

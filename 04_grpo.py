@@ -10,11 +10,11 @@ Paper, Section 2.2. One step, in the order of the code below, for each prompt x 
                     k3  = exp(d) - d - 1,  d = log pi_ref - log pi_theta                ref = SFT
     5. update       one AdamW step (--inner-epochs of them on the same rollouts)
 
-Departures from a textbook GRPO, each exact: sampling prefills a prompt once, and scoring packs a
-prompt and its N completions into one row (support/engine.py; --no-prefix-sharing takes the plain
-path below). Old log-probs are the first pass's own values, since rollout and first pass use the
-same weights: on a GPU the rollout's are a bf16 twin of the policy, its fp32 masters rounded as the
-matrix products of a pass round them, and whole where the policy is sharded.
+Departures from a textbook GRPO, each exact up to rounding: sampling prefills a prompt once, and
+scoring packs a prompt and its N completions into one row (support/engine.py; --no-prefix-sharing
+takes the plain path below). Old log-probs are the first pass's own values, since rollout and first
+pass use the same weights: on a GPU the rollout's are a bf16 twin of the policy, its fp32 masters
+rounded as the matrix products of a pass round them, and whole where the policy is sharded.
 
     python 04_grpo.py                                      the tiny demo, five minutes
     torchrun --nproc-per-node 8 04_grpo.py --data data/real_zoom --model runs/real_sft --shard \\
@@ -38,7 +38,7 @@ length), and metrics.jsonl with one line per step, means over the whole global b
     peak_memory_gib                       the most that rank 0 has held, of its GPU or the machine
 
 Ctrl-C and SIGTERM let the step end, save it and exit with 130 or 143 (torchrun itself with 1);
---resume then goes on bit for bit on a CPU, also with another number of processes.
+--resume then goes on, bit for bit on a CPU; with another number of processes up to rounding.
 """
 
 from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)

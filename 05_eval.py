@@ -10,8 +10,8 @@ Prompts and parser are those of training (rewards.py).
 
 Writes to --out predictions.jsonl (per answer: text, class read, truth, reward parts),
 general.jsonl (per general-skill answer: text, right answers, score), swapped.jsonl, metrics.json,
-what shows it (table.md, confusion.png, examples.png, report.html), and .work/ with the answers so
-far: an interrupted run, started again, goes on and ends with the same bytes.
+what shows it (table.md, report.html, confusion.png and examples.png), and .work/ with the answers
+so far: an interrupted run, started again, goes on and ends with the same bytes.
 
 metrics.json holds for each model and prompt form
 
@@ -30,14 +30,16 @@ models or of the two prompt forms. Intervals: 95 % bootstrap over patients, null
 without "patient" is its own.
 
 --task locate, beyond the paper: boxes.jsonl, for 02 --boxes, holds per answer its box in px of the
-slice, null where none can be read, and its IoU with the right box that it meets best. metrics.json
-has their mean iou, half, the share above 0.5, invalid, format, and "paired" of the IoU.
+slice, null where none can be read, and its IoU with the right box that it meets best. boxes.png is
+in place of the other two pictures. metrics.json has their mean iou, half, the share above 0.5,
+invalid, format, and "paired" of the IoU.
 
 --swap-thinking: does the answer follow the reasoning? Consistency cannot tell: it is as high where
 a reasoning is made up to suit an answer. So the model goes on from the reasoning of another item,
-the donor, which the judge gives neither the own reasoning's class nor the own answer, and from an
-empty one. Of the n items with a donor, those that "moved" answer with the donor's class, those that
-"stayed" with their own answer. "accuracy_without": share of all items, right after the empty one.
+the donor, and from an empty one. To the donor's reasoning the judge gives a class that is neither
+that of the item's own reasoning nor its answer. Of the n items with a donor, those that "moved"
+answer with the donor's class, those that "stayed" with their own answer. "accuracy_without": share
+of all items, right after the empty one.
 """
 
 from support.stage import run_stage  # isort: skip  (first, see support/__init__.py)
@@ -56,7 +58,7 @@ from assets import phantom
 from support import checkpoint, judge, tables, vlm, vqa_metrics
 from support.distributed import World, autocast, start, work_once
 from support.files import claim, digest, open_picture, read_bytes, write_atomic
-from support.grounding import box_in_picture, boxes_of, truth
+from support.grounding import box_grid, box_in_picture, boxes_of, truth
 from support.records import load_split
 from support.report import write_report
 from support.stage import parse_flags, positive_int
@@ -308,8 +310,7 @@ def open_out(args: argparse.Namespace) -> None:
     flags = "task think limit max_new_tokens batch_size skill swap_thinking"
     for flag in flags.split():
         settings[flag] = getattr(args, flag)
-    anew = args.overwrite
-    claim(args.out, settings, (*OUTPUTS, ".work/*"), go_on=not anew, overwrite=anew)
+    claim(args.out, settings, (*OUTPUTS, ".work/*"), overwrite=args.overwrite)
 
 
 def write_results(args, records: list[dict], rows: list, general: list, swapped: list) -> None:
@@ -368,7 +369,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=rewards.TASKS, default="diagnose", help="locate: --data is 02 --clean's")
     add("--model", nargs="+", default=models, help="folders or hub ids (tiny base, SFT, GRPO)")
     add("--think", choices=MODES, default="both", help="ask for reasoning first (%(default)s)")
-    add("--limit", type=positive_int, help="only the first so many questions of each file")
+    add("--limit", type=positive_int, help="only the first so many questions of each set")
     add("--image", type=Path, help="only print the answers about this picture that 02 drew")
     add = parser.add_argument_group("beyond accuracy").add_argument
     add("--judge", default="keyword", help="keyword, or a language model (paper: gpt-oss-20b)")
@@ -378,9 +379,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--textvqa", type=Path, nargs="+", default=[], help="its JSON, or JSONL with ten answers")
     add = parser.add_argument_group("running").add_argument
     add("--out", type=Path, default="runs/eval", help="where the results go (%(default)s)")
-    add("--overwrite", action="store_true", help="start anew where --out holds other results")
+    add("--overwrite", action="store_true", help="replace what other settings left in --out")
     add("--max-new-tokens", type=positive_int, default=512, help="limit per answer (%(default)s)")
-    add("--batch-size", type=positive_int, default=8, help="questions per GPU (%(default)s)")
+    add("--batch-size", type=positive_int, default=8, help="questions at a time (%(default)s)")
     add("--tensor-parallel", action="store_true", help="split each model over torchrun's GPUs")
     args = parse_flags(parser, argv, DEMO)
     if len(set(args.model)) < len(args.model):
@@ -423,8 +424,12 @@ def evaluate(args: argparse.Namespace) -> None:
     """Asks every model everything, measures, and writes --out; or asks about --image alone."""
     if args.image:
         return answer_image(args)
+    # A misspelt judge, or a model whose boxes nobody can read, is found now, not after hours.
     if args.judge != "keyword":
-        vlm.load_config(args.judge)  # a misspelt judge is found now, not after hours
+        vlm.load_config(args.judge)
+    if args.task == "locate":
+        for name in args.model:
+            box_grid(vlm.any_processor(name), (140, 140))
     world, modes = start(), MODES[args.think]
     records = load_split(args.data, "test", args.task)[: args.limit]
     sets, read = general_sets(args, records), diagnoses

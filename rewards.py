@@ -213,16 +213,6 @@ def format_reward(completion: str, mode: str = "think") -> float:
     return float(whole is not None and all(part.strip() for part in whole.groups()))
 
 
-def validity_reward(completion: str) -> float:
-    """R_validity: 1 iff the completion answers with one of the seven classes."""
-    return float(predicted_class(completion) is not None)
-
-
-def correctness_reward(completion: str, label: str) -> float:
-    """R_correctness: 1 iff the completion answers with `label`."""
-    return float(predicted_class(completion) == label)
-
-
 def reward(
     completion: str,
     truth: str | Boxes,
@@ -232,9 +222,11 @@ def reward(
 ) -> Reward:
     """All three reward parts of one completion and R, their sum weighted by (alpha, beta, gamma).
 
-    `truth` is the class, of "locate" Boxes. `mode` is the prompt's, "think" or "direct"; only the
-    format depends on it. Raises ValueError for a class that is not one of CLASSES: every completion
-    would silently score 0.
+    R_validity is 1 iff the completion answers with one of the seven classes, or with one box;
+    R_correctness is 1 iff that class is the right one, or the box's IoU. `truth` is the class, of
+    "locate" Boxes. `mode` is the prompt's, "think" or "direct"; only the format depends on it.
+    Raises ValueError for a class that is not one of CLASSES: every completion would silently
+    score 0.
     """
     if task == "diagnose" and truth not in CLASSES:
         raise ValueError(f"label {truth!r} is not one of the classes {CLASSES}")

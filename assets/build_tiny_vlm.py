@@ -48,10 +48,10 @@ import rewards
 from assets import phantom
 from assets.phantom import ASK, ATTRIBUTES
 from support import vlm
-from support.files import claim, write_atomic
+from support.files import BadInput, claim, write_atomic
 from support.grounding import rescale
 from support.records import read_records
-from support.stage import natural, positive_int
+from support.stage import natural, positive_int, run_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = ("zoom", "marked", "clean")  # with patch and red box, with the red box alone, as 01 left it
@@ -217,15 +217,23 @@ class Pictures:
     shown: list[list[int]]  # each record's own box in px of the shown picture
 
 
-def make_phantoms(data: Path, count: int) -> None:
-    """Makes the base's phantoms and their pictures with 01 and 02: zoom, marked and clean."""
+def make_phantoms(data: Path, count: int, overwrite: bool) -> None:
+    """Makes the base's phantoms and their pictures with 01 and 02: zoom, marked and clean.
+
+    Raises BadInput where one of them ends with an error, which has said why.
+    """
+    data = data.resolve()
+    made = ["--phantoms", str(count), "--seed", "1000", "--max-slices", "2"]
+    drawn = ["02_zoom_augment.py", "--data", str(data / "clean")]
     stages = (
-        f"01_make_dataset.py --phantoms {count} --seed 1000 --max-slices 2 --out {data}/clean",
-        f"02_zoom_augment.py --data {data}/clean --out {data}/zoom",
-        f"02_zoom_augment.py --data {data}/clean --out {data}/marked --no-patch",
+        ["01_make_dataset.py", *made, "--out", str(data / "clean")],
+        [*drawn, "--out", str(data / "zoom")],
+        [*drawn, "--no-patch", "--out", str(data / "marked")],
     )
     for stage in stages:
-        subprocess.run([sys.executable, *stage.split()], check=True, cwd=ROOT)
+        again = ["--overwrite"] if overwrite else []
+        if subprocess.run([sys.executable, *stage, *again], cwd=ROOT).returncode:
+            raise BadInput(f"{data}: {stage[0]} could not make it")
 
 
 def read_pictures(data: Path, processor: vlm.Processor) -> Pictures:
@@ -534,7 +542,7 @@ def training(path: Path, modules: dict, optimizer, steps: int) -> Iterator[tuple
             write_atomic(path, partial(torch.save, {"step": step + 1, **state}))
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -547,14 +555,19 @@ def main(argv: list[str] | None = None) -> None:
     add("--language-steps", type=positive_int, default=2400)
     add("--seed", type=natural, default=0)
     add(
-        "--overwrite", action="store_true", help="start anew where --work holds another run's state"
+        "--overwrite",
+        action="store_true",
+        help="replace what other settings left in --work, --data",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def build(args: argparse.Namespace) -> None:
+    """Makes the phantoms, trains the two parts, and writes the checkpoint to --out."""
     settings = {"script": "build_tiny_vlm.py", "phantoms": args.phantoms, "seed": args.seed}
     settings |= {"vision_steps": args.vision_steps, "language_steps": args.language_steps}
     claim(args.work, settings, ("*.pt",), overwrite=args.overwrite)
-    make_phantoms(args.data, args.phantoms)
+    make_phantoms(args.data, args.phantoms, args.overwrite)
     processor = build_processor()
     data = read_pictures(args.data, processor)
     model = build_model(processor.tokenizer, args.seed)
@@ -565,6 +578,11 @@ def main(argv: list[str] | None = None) -> None:
     model.requires_grad_(True).half()
     model.config.dtype = torch.float16
     vlm.save_checkpoint(args.out, model, processor)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs it; bad input ends in one line and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
+    run_stage(lambda: build(parse_args(argv)))
 
 
 if __name__ == "__main__":

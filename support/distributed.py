@@ -1,8 +1,8 @@
 """The world of torchrun: ranks, sums over them, signals, and weights sharded with FSDP2.
 
-Losses are divided by global counts before backward, and gradients are summed over ranks by one
-all-reduce after a step's last micro-batch. So a gradient does not depend on the number of ranks or
-micro-batches.
+Losses are divided by global counts before backward, and gradients are summed over ranks: after a
+step's last micro-batch, or with --shard in each backward pass. So a gradient depends on the number
+of ranks or micro-batches by rounding alone.
 """
 
 import argparse
@@ -214,8 +214,11 @@ def load_for_training(args: argparse.Namespace, world: World) -> tuple[torch.nn.
 
 
 def load_reference(args: argparse.Namespace, model, world: World) -> torch.nn.Module:
-    """--model as it is before the policy `model` is trained: its copy, shards of its own, or the
-    policy itself, whose adapters can be switched off (vlm.adapters_off)."""
+    """The reference: the checkpoint --model before the policy `model` is trained.
+
+    It is a copy, or shards of its own, or the policy itself, whose adapters can be switched off
+    (vlm.adapters_off).
+    """
     if vlm.has_adapters(model):
         return model
     if not args.shard:

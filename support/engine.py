@@ -1,4 +1,4 @@
-"""How GRPO's sampling and scoring are made fast, each exactly equal to its plain definition.
+"""How GRPO's sampling and scoring are made fast, each equal to its plain definition up to rounding.
 
 Sampling prefills each prompt and its picture once and expands the cache to the N samples. Scoring
 packs a prompt and its N completions into one row under a block mask: `packed_logprobs` gives what

@@ -21,8 +21,8 @@ DRAWS, NEAR = 3000, 0.005  # boxes tried for one of a given IoU, and which is ne
 
 
 def ask_where(record: dict, name_finding: bool) -> dict:
-    """The record as a question of locating. Every box of the slice is right, the first is taught;
-    of a named finding its own are."""
+    """The record as a question of locating. Every box of the slice is right, or with a named
+    finding that finding's alone; the first is taught."""
     boxes, what = record.get("boxes") or [record["box"]], "the lesion"
     if name_finding:
         text = record.get("text", "").strip().rstrip(".")
@@ -129,7 +129,8 @@ def jitter_box(size: tuple[int, int], box: list[int], wanted: float, name: str) 
 
     It is `box`, scaled by a factor from `wanted` to 1 / `wanted` and moved, both at random: the
     first of such boxes that is near enough, or the nearest. For a box as large as 01's (0.5 % of
-    the slice) and up to 0.9 it is off by at most 0.005 on 512 px, 0.03 on 140 px (0.01 up to 0.7).
+    the slice) it is off by at most 0.005 on 512 px (0.01 above 0.8), on 140 px by 0.01 up to 0.7
+    and by 0.03 up to 0.9.
     1 is `box` itself, 0 a box beside it. `name`, the record's id, seeds the draws.
     """
     generator = random.Random(f"jitter {name}")

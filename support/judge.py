@@ -124,7 +124,8 @@ def donors(rows: list) -> list:
 
 
 def summarise_swap(lines: list[dict]) -> dict:
-    """Shares of answers that move or stay, which unreadable ones do not, or are right without."""
+    """Shares of answers that moved to the donor's class, that stayed, and that are right after an
+    empty reasoning. An answer that cannot be read counts in none."""
     given = [line for line in lines if line["donor"]]
     result = {"n": len(given)}
     shares = [("moved", given, "swapped", "donor_class"), ("stayed", given, "swapped", "predicted")]

@@ -42,8 +42,9 @@ def dataset_info(folder: Path) -> dict:
     stage = info.get("stage") if isinstance(info, dict) else None
     if stage not in ("01", "02"):
         raise BadInput(f"{path}: no stage 01 or 02 in it; make the folder with 01_make_dataset.py")
+    required = INFO if stage == "01" else {}
     try:
-        check_fields(info, *((INFO, {}) if stage == "01" else ({}, INFO)))
+        check_fields(info, required, INFO)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
     return info

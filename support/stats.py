@@ -10,8 +10,9 @@ FEWEST = 10  # clusters: of fewer the bootstrap's interval is too narrow, of one
 def bootstrap(
     values: np.ndarray, clusters: list, kinds: list | None = None, draws: int = 1000
 ) -> dict:
-    """The mean of `values` and its 95 % bootstrap interval: {"mean", "interval_95": [low, high]},
-    or None for an interval of fewer than FEWEST clusters, and both of no values.
+    """The mean of `values` and its 95 % bootstrap interval: {"mean", "interval_95": [low, high]}.
+
+    The interval is None of fewer than FEWEST clusters; of no values the mean is None, too.
 
     Clusters (patients) are drawn, not values, since one person's slices are alike. For two models
     on the same items, `values` are the items' differences: that is the paired bootstrap. With

@@ -544,7 +544,7 @@ def generate(model, batch: dict, tokens: int, **ends: object) -> list[list[int]]
 
 @torch.no_grad()
 def try_out(model, processor: Processor, records: list, form: str, task: str, device) -> dict:
-    """Reads the record of the longest question, and one of a picture of odd sides.
+    """Runs one batch: the record with the longest question, and a blank picture of odd sides.
 
     Whatever is wrong with a checkpoint's files shows here, before a run begins. All ranks must call
     it, since the model may be sharded. Returns the encoded batch.
@@ -589,7 +589,7 @@ def decode(processor: Processor, ids: list[int], stops: list[int]) -> str:
 
 
 def opening(processor, prompts: dict) -> str:
-    """What a template has begun each answer of these prompts with: "<think>" or nothing.
+    """With what the chat template already begins each answer: "<think>" or nothing.
 
     A completion goes on from there. The format is read from both together.
     """

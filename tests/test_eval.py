@@ -744,6 +744,9 @@ def test_other_settings_are_refused(results, flags, sft, data, tmp_path):
     assert read(out) == before
     assert "made with other settings (--swap-thinking was" in complaint(*plain, "--out", out)
     main(*plain, "--think", "no", "--out", out, "--overwrite")
+    kept = ct.times(out.glob(".work/*/*/[!.]*.json"))
+    main(*plain, "--think", "no", "--out", out, "--overwrite")  # the same settings: it goes on
+    assert kept and kept == ct.times(kept)
     assert not (out / "swapped.jsonl").exists()
     assert {row["mode"] for row in read_log(out / "predictions.jsonl")} == {"direct"}
 

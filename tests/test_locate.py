@@ -168,9 +168,17 @@ def test_the_grid_is_the_picture_that_the_processor_makes(processor, patch, widt
     assert box_grid(processor, (width, height)) == made
 
 
-def test_another_familys_boxes_are_not_guessed():
+def test_another_familys_boxes_are_not_guessed(folders, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="no other family's"):
         box_grid(object(), (640, 480))
+    # Nor is such a model asked for hours first.
+    evaluation = importlib.import_module("05_eval")
+    monkeypatch.setattr(vlm, "any_processor", lambda name: object())
+    monkeypatch.setattr(evaluation, "ask", lambda *args: pytest.fail("asked"))
+    flags = f"--task locate --data {folders[1]} --model {vlm.TINY} --out {tmp_path / 'where'}"
+    with pytest.raises(SystemExit, match="no other family's"):
+        evaluation.main(flags.split())
+    assert not (tmp_path / "where").exists()
 
 
 sizes = st.tuples(st.integers(1, 900), st.integers(1, 900))
@@ -263,6 +271,7 @@ def test_predicted_boxes_are_drawn_and_a_missing_one_is_the_whole_slice(folders,
     assert read_records(tmp_path / "drawn", "train") == []
     info = json.loads((tmp_path / "drawn" / "dataset_info.json").read_text())
     assert info["records"] == {"train": 0, "test": 3}
+    assert not {"volumes", "patients", "slices", "classes"} & set(info)  # 01's would be false
     for old, new, box in zip(chosen, drawn, predicted, strict=True):
         picture = open_picture(old["image"])
         box = box or [0, 0, *picture.size]
