@@ -60,7 +60,7 @@ from support.files import (
     read_bytes,
     write_atomic,
 )
-from support.log import save_figure
+from support.log import draw_box, save_figure
 from support.nifti import Nifti, picture_planes, read_header, read_slabs
 from support.records import OUTPUTS, write_records
 from support.rexgroundingct import (
@@ -349,7 +349,6 @@ def draw_overview(out: Path, records: dict[str, list[dict]]) -> None:
 
 def draw_examples(axes, label: str, out: Path, records: dict[str, list[dict]]) -> None:
     """Up to three volumes of one class, each by its record with the largest box."""
-    from matplotlib.patches import Rectangle
 
     largest = {}  # volume -> (split, record)
     for split, rows in records.items():
@@ -362,10 +361,8 @@ def draw_examples(axes, label: str, out: Path, records: dict[str, list[dict]]) -
         split, record = largest[volume]
         axis.imshow(open_picture(out / split / record["file_name"]), cmap="gray", vmin=0, vmax=255)
         axis.set_title(f"{volume}, slice {record['slice']}", fontsize=7, pad=2)
-        for x0, y0, x1, y1 in record["boxes"]:
-            corner = (x0 - 0.5, y0 - 0.5)  # pixel i covers i - 0.5 to i + 0.5
-            box = Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=1.2)
-            axis.add_patch(box)
+        for box in record["boxes"]:
+            draw_box(axis, box, "red")
     axes[0].set_title(f"{label}\n{axes[0].get_title()}", fontsize=8, pad=2)
 
 

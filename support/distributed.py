@@ -8,6 +8,7 @@ of ranks or micro-batches by rounding alone.
 import argparse
 import itertools
 import os
+import resource
 import signal
 import sys
 import threading
@@ -120,10 +121,7 @@ def peak_memory(world: World) -> float:
     if sys.platform == "linux":  # ru_maxrss would begin with the parent's peak
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20  # KiB
-    import resource  # POSIX only: absent on Windows
-
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
 
 
 def work_once(place: Path, items: list, size: int, work, world, desc: str, together=False) -> list:
@@ -214,11 +212,8 @@ def load_for_training(args: argparse.Namespace, world: World) -> tuple[torch.nn.
 
 
 def load_reference(args: argparse.Namespace, model, world: World) -> torch.nn.Module:
-    """The reference: the checkpoint --model before the policy `model` is trained.
-
-    It is a copy, or shards of its own, or the policy itself, whose adapters can be switched off
-    (vlm.adapters_off).
-    """
+    """The reference, --model before the policy `model` is trained: a copy, shards of its own, or
+    the policy itself, whose adapters can be switched off (vlm.adapters_off)."""
     if vlm.has_adapters(model):
         return model
     if not args.shard:

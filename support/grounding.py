@@ -23,7 +23,7 @@ DRAWS, NEAR = 3000, 0.005  # boxes tried for one of a given IoU, and which is ne
 def ask_where(record: dict, name_finding: bool) -> dict:
     """The record as a question of locating. Every box of the slice is right, or with a named
     finding that finding's alone; the first is taught."""
-    boxes, what = record.get("boxes") or [record["box"]], "the lesion"
+    boxes, what = boxes_of(record), "the lesion"
     if name_finding:
         text = record.get("text", "").strip().rstrip(".")
         if not text:

@@ -59,6 +59,15 @@ def save_figure(path: Path, figure) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def draw_box(axis, box: list[int], colour: str) -> None:
+    """The outline of a box [x0, y0, x1, y1], px, on a shown picture: pixel i covers i -+ 0.5."""
+    from matplotlib.patches import Rectangle
+
+    x0, y0, x1, y1 = box
+    corner = x0 - 0.5, y0 - 0.5
+    axis.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
+
+
 def plot_curves(out: Path, keys: list[str], smooth: int = 5) -> None:
     """Draws <out>/curves.png from <out>/metrics.jsonl: a panel per key, each step pale, the running
     mean over `smooth` steps dark."""

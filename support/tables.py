@@ -8,7 +8,8 @@ import numpy as np
 
 import rewards
 from support.files import open_picture
-from support.log import save_figure
+from support.grounding import boxes_of
+from support.log import draw_box, save_figure
 from support.stats import FEWEST
 
 SETS = {"skill": "attribute questions", "chartqa": "ChartQA", "textvqa": "TextVQA"}
@@ -213,7 +214,6 @@ def plot_boxes(path: Path, rows: list, records: dict[str, dict]) -> None:
     """Per model and prompt form six answers from the best IoU to the worst: the right boxes in
     green, the predicted one in orange. `rows` are 05's answers, `records` by id."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
     groups, count = {}, 6
     for row in rows:
@@ -226,13 +226,10 @@ def plot_boxes(path: Path, rows: list, records: dict[str, dict]) -> None:
             row = group[i * (len(group) - 1) // (count - 1)]
             record = records[row.id]
             axis.imshow(open_picture(record["image"]))
-            boxes = [*(record.get("boxes") or [record["box"]]), row.predicted]
+            boxes = [*boxes_of(record), row.predicted]
             for box in filter(None, boxes):
                 colour = "darkorange" if box is row.predicted else "lime"
-                corner = box[0] - 0.5, box[1] - 0.5
-                size = box[2] - box[0], box[3] - box[1]
-                look = {"fill": False, "edgecolor": colour, "linewidth": 1.5}
-                axis.add_patch(Rectangle(corner, *size, **look))
+                draw_box(axis, box, colour)
             head = f"{Path(model).name}, {mode}" if i == 0 else ""
             title = f"{head}\nIoU {row.score:.2f}"
             axis.set_title(title, fontsize=8, loc="left", parse_math=False)

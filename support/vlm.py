@@ -144,14 +144,13 @@ def try_template(name: str, tokenizer, content: object) -> None:
         with suppress(BaseException):
             tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
 
-    if "fork" in multiprocessing.get_all_start_methods():  # not on Windows
-        child = multiprocessing.get_context("fork").Process(target=render)
-        child.start()
-        child.join(TEMPLATE_SECONDS)
-        child.kill()
-        if child.exitcode != 0:
-            limit = f"it takes more than {TEMPLATE_SECONDS} s, or too much memory"
-            raise BadInput(f"{name}: the chat template does not work: {limit}")
+    child = multiprocessing.get_context("fork").Process(target=render)
+    child.start()
+    child.join(TEMPLATE_SECONDS)
+    child.kill()
+    if child.exitcode != 0:
+        limit = f"it takes more than {TEMPLATE_SECONDS} s, or too much memory"
+        raise BadInput(f"{name}: the chat template does not work: {limit}")
 
 
 def any_processor(name: str):
