@@ -298,7 +298,7 @@ def measure(args, rows: list[Diagnosis], general: list[Skill], swapped: list[dic
 # ==== 4. Files: what --out holds ====
 
 
-def open_out(args: argparse.Namespace) -> None:
+def open_out(args: argparse.Namespace, records: list[dict]) -> None:
     """Opens --out for these models, data and flags. Raises BadInput when it holds other results."""
     settings = {"script": "05_eval.py"}
     settings["model"] = [[name, checkpoint.digest_of(name)] for name in args.model]
@@ -307,6 +307,8 @@ def open_out(args: argparse.Namespace) -> None:
     files |= {"chartqa": args.chartqa, "textvqa": args.textvqa}
     for flag, paths in files.items():
         settings[flag] = [digest(read_bytes(path)) for path in paths]
+    sizes = [record["image"].stat().st_size for record in records]
+    settings["data"].append(digest(sizes))  # other pictures by the same names
     flags = "task think limit max_new_tokens batch_size skill swap_thinking"
     for flag in flags.split():
         settings[flag] = getattr(args, flag)
@@ -436,7 +438,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.task == "locate":
         sets, read = {}, locations
     if world.main:
-        open_out(args)
+        open_out(args, records)
     world.wait()
     tasks, rows, general, swapped = {}, [], [], []
     for mode in modes:

@@ -741,6 +741,11 @@ def test_other_settings_are_refused(results, flags, sft, data, tmp_path):
     (other / "dataset_info.json").write_text(json.dumps({**info, "border": 0.5}))
     message = complaint("--data", other, *flags[2:], "--out", out)
     assert "made with other settings (--data was" in message
+    shutil.copy(data / "dataset_info.json", other)
+    picture = load_split(other, "test")[0]["image"]
+    Image.open(picture).rotate(90).convert("L").save(picture)
+    message = complaint("--data", other, *flags[2:], "--out", out)
+    assert "made with other settings (--data was" in message
     assert read(out) == before
     assert "made with other settings (--swap-thinking was" in complaint(*plain, "--out", out)
     main(*plain, "--think", "no", "--out", out, "--overwrite")
