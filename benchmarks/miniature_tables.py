@@ -75,7 +75,10 @@ class Effect:
     expected: str = "+"
 
 
+# The base's thinking, RL alone against SFT, RL's gain with thinking, readable answers, correctness
+# only and RL's swapped reasoning against the base's were added when two of the seeds had been seen.
 EFFECTS = [
+    Effect("Table 1: the base loses by thinking", "base think", "base direct", "-"),
     Effect("Table 1: SFT raises direct accuracy over the base", "sft direct", "base direct"),
     Effect("Table 1: RL raises accuracy over SFT (think against direct)", "rl think", "sft direct"),
     Effect("Table 1: RL raises direct accuracy, too", "rl direct", "sft direct"),
@@ -86,10 +89,15 @@ EFFECTS = [
     Effect("Table 3: the farthest corner (SFT, direct)", "sft_corner direct", "sft direct", ""),
     Effect("Table 4: the format reward helps", "rl think", "rl_no_format think"),
     Effect("Table 4: the validity reward helps", "rl think", "rl_no_validity think"),
+    Effect("Table 4: all rewards against correctness only", "rl think", "rl_correctness think", ""),
     Effect("Table 4: RL needs SFT before it", "rl think", "rl_no_sft think"),
+    Effect("Table 4: RL alone stays below SFT (direct)", "rl_no_sft think", "sft direct", "-"),
     Effect("Fig. 3: SFT forced to think loses accuracy", "sft think", "sft direct", "-"),
+    Effect("Fig. 3: the same, of readable answers alone", "sft readable", "sft direct", "-"),
+    Effect("Fig. 3: RL raises accuracy with thinking", "rl think", "sft think"),
     Effect("Fig. 3: RL makes reasoning and answer agree", "rl consistency", "sft consistency"),
-    Effect("RL makes the answer follow a swapped reasoning", "rl moved", "sft moved"),
+    Effect("More answers move with a swapped reasoning: RL, base", "rl moved", "base moved", ""),
+    Effect("More answers move with a swapped reasoning: RL, SFT", "rl moved", "sft moved", ""),
     Effect("RL with thinking beats RL without", "rl think", "rl_direct direct"),
     Effect("Locating: RL raises the mean IoU over SFT", "locate_rl direct", "locate_sft direct"),
     Effect("Predicted boxes beat none (RL, think)", "rl_predicted think", "rl_whole think"),
@@ -109,6 +117,7 @@ def read_items(folder: Path) -> dict[str, dict[str, tuple[float, str, str]]]:
     names = (
         "direct",
         "think",
+        "readable",
         "half",
         "format",
         "invalid",
@@ -122,6 +131,8 @@ def read_items(folder: Path) -> dict[str, dict[str, tuple[float, str, str]]]:
         if row["mode"] == "think":
             values |= {"format": row["format"], "invalid": 1 - row["validity"]}
             values["coverage"] = row["judged"] is not None
+            if row["validity"]:
+                values["readable"] = row["correctness"]
             if row["judged"] is not None:
                 values["consistency"] = row["judged"] == row["predicted"]
                 values["judge right"] = row["judged"] == row["label"]

@@ -226,8 +226,9 @@ def test_the_three_measures_by_hand(tmp_path):
     assert f"| base | {nothing} | {nothing} |  | {nothing} |" in text
     assert f"| SFT | {nothing} | {all_of} |  | 50.0 (50.0) | 5.0 (5.0) |" in text
     assert f"| SFT + RL, all rewards | {all_of} | {nothing} |  | 50.0 (50.0) | 5.0 (5.0) |" in text
-    moved = "RL makes the answer follow a swapped reasoning | none (+) | +100.0 (+100.0 to +100.0)"
-    assert f"| {moved} | +100.0 | agrees |" in text
+    moved = "More answers move with a swapped reasoning: RL, SFT | none (open) "
+    moved += "| +100.0 (+100.0 to +100.0)"
+    assert f"| {moved} | +100.0 | differs |" in text
     assert "| 1 | 50.0 (50.0) |  | 50.0 (50.0) |  |" in text
     for overlap in ("0.7", "0.5", "0.3", "0", "whole"):
         assert f"| {overlap} | {nothing} | -50.0 (-" in text
@@ -241,7 +242,7 @@ def test_the_three_measures_by_hand(tmp_path):
     same = "+0.0 (+0.0 to +0.0) | +0.0 | equivalent within 5 |"
     assert f"| Table 3: the farthest corner (SFT, direct) | none (open) | {same}" in text
     assert f"| RL with thinking beats RL without | none (+) | {same}" in text
-    assert "by chance alone 0.9 of 18 intervals would exclude 0." in text
+    assert "by chance alone 1.2 of 24 intervals would exclude 0." in text
 
 
 def test_the_figure_shows_seeds_intervals_and_the_papers_effects(tmp_path):
@@ -258,3 +259,15 @@ def test_the_figure_shows_seeds_intervals_and_the_papers_effects(tmp_path):
     assert pixels(nothing, blue) == 0
     assert pixels(measured, blue) > 100 * count
     assert pixels(nothing, orange) > 20 * 10
+
+
+def test_what_is_readable_is_counted_apart(tmp_path):
+    lines = ""
+    for i, (right, valid) in enumerate([(1, 1), (0, 1), (0, 0), (0, 0)]):
+        row = {"id": str(i), "patient": "p", "label": "Emphysema", "mode": "think", "format": 1}
+        row |= {"correctness": right, "validity": valid, "judged": None, "predicted": None}
+        lines += json.dumps(row) + "\n"
+    (tmp_path / "predictions.jsonl").write_text(lines)
+    items = miniature_tables.read_items(tmp_path)
+    assert [value for value, _, _ in items["think"].values()] == [1, 0, 0, 0]
+    assert [value for value, _, _ in items["readable"].values()] == [1, 0]
