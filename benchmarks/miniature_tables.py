@@ -326,19 +326,42 @@ def box_table(items: dict) -> list[str]:
     return table(title, header, rows)
 
 
-def locate_table(items: dict) -> list[str]:
-    """How well is the lesion found, and what of the true boxes' gain do predicted ones keep?"""
+def kept(seed: tuple[dict, dict, dict], mode: str, ids: set | None) -> float:
+    """What predicted boxes keep of the gain of true ones over none, %: of all items, or of `ids`.
+
+    `seed`: one seed's items with true, predicted and no boxes. NaN where nothing is gained.
+    """
+    means = []
+    for items in seed:
+        values = [row[0] for key, row in items[mode].items() if ids is None or key in ids]
+        means.append(np.mean(values) if values else math.nan)
+    true, predicted, none = means
+    return 100 * (predicted - none) / (true - none) if true != none else math.nan
+
+
+def locate_table(items: dict, out: Path, seeds: list[int]) -> list[str]:
+    """How well is the lesion found, and what of the true boxes' gain do predicted ones keep?
+
+    "The lesion" names none where a slice has several, so slices with one are also counted alone.
+    """
     rows = [cells(items, arm, "direct", "half") for arm in LOCATES]
     title = "**Locating the lesion** on clean slices, without thinking"
     lines = table(title, ["", "mean IoU", "IoU above 0.5"], rows)
+    lone = {}  # seed -> the records whose slice has one lesion
+    for seed in seeds:
+        rows = read_log(out / f"seed{seed}" / "slices" / "test" / "metadata.jsonl")
+        lone[seed] = {row["id"] for row in rows if len(row["slice_boxes"]) == 1}
     for arm, mode in (("sft", "direct"), ("rl", "think")):
-        kept = []
-        for seed in zip(items[arm], items[f"{arm}_predicted"], items[f"{arm}_whole"], strict=True):
-            if all(seed):
-                means = [np.mean([row[0] for row in one[mode].values()]) for one in seed]
-                kept.append(100 * (means[1] - means[2]) / (means[0] - means[2]))
-        lines.append(f"Of what the true box adds to no box, predicted ones keep: {ARMS[arm]} ")
-        lines[-1] += f"{mode} {cell(kept or [math.nan]) or 'failed'} %."
+        shares = {"": [], "on slices with one lesion": []}
+        arms = items[arm], items[f"{arm}_predicted"], items[f"{arm}_whole"]
+        for seed, found in zip(seeds, zip(*arms, strict=True), strict=True):
+            if all(found):
+                shares[""].append(kept(found, mode, None))
+                shares["on slices with one lesion"].append(kept(found, mode, lone[seed]))
+        for where, each in shares.items():
+            told = "Of what the true box adds to no box, predicted ones keep"
+            told += f" {where}" if where else ""
+            lines.append(f"{told}: {ARMS[arm]} {mode} {cell(each or [math.nan]) or 'failed'} %.")
     return [*lines, ""]
 
 
@@ -437,7 +460,7 @@ def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
     lines = [f"{head} {means} Chance: 14.3 %.", "", *paper_tables(items), *swap_table(items)]
     lines += [
         *box_table(items),
-        *locate_table(items),
+        *locate_table(items, out, seeds),
         *reward_table(out, seeds, failed),
         *effects_table(found),
     ]

@@ -271,3 +271,13 @@ def test_what_is_readable_is_counted_apart(tmp_path):
     items = miniature_tables.read_items(tmp_path)
     assert [value for value, _, _ in items["think"].values()] == [1, 0, 0, 0]
     assert [value for value, _, _ in items["readable"].values()] == [1, 0]
+
+
+def test_what_predicted_boxes_keep_by_hand():
+    def items(*values: float) -> dict:
+        return {"think": {str(i): (value, "p", "Emphysema") for i, value in enumerate(values)}}
+
+    seed = items(1, 1, 1, 1), items(1, 1, 0, 0), items(1, 0, 0, 0)
+    assert miniature_tables.kept(seed, "think", None) == pytest.approx(100 / 3)
+    assert miniature_tables.kept(seed, "think", {"1", "2"}) == pytest.approx(50)
+    assert math.isnan(miniature_tables.kept(seed, "think", {"0"}))  # nothing is gained there
