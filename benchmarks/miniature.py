@@ -26,7 +26,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.miniature_tables import ARMS, LOCATES, MAIN, WRONG_BOXES, report  # noqa: E402
+from benchmarks.miniature_tables import (  # noqa: E402
+    ARMS,
+    BEFORE,
+    LOCATES,
+    MAIN,
+    STEPS,
+    WRONG_BOXES,
+    report,
+)
 from support.files import write_atomic  # noqa: E402
 from support.log import read_log  # noqa: E402
 
@@ -84,6 +92,10 @@ def tasks(out: Path, seed: int) -> dict[str, tuple[list[str], str]]:
         start = "" if "--model" in flags else f"--model {at}/sft"
         command = f"04_grpo.py --seed {seed} --data {at}/zoom {start} {flags} --out {at}/{arm}"
         add(arm, ["zoom", "sft"] if start else ["zoom"], command)
+    still = f"--seed {seed} --data {at}/zoom --steps {STEPS} --lr 1e-12"
+    for start, run in BEFORE.items():
+        needs, model = (["zoom"], BASE) if start == "base" else (["zoom", start], f"{at}/{start}")
+        add(run, needs, f"04_grpo.py {still} --model {model} --out {at}/{run}")
     for arm in ARMS:
         add_evaluation(arm, arm, SFT.get(arm, "zoom"), ASKED.get(arm, "--no-skill"))
     # Without annotated boxes: a model that locates predicts them, and they are drawn.

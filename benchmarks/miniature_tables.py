@@ -106,7 +106,9 @@ EFFECTS = [
 # Points. A skill is kept when its interval excludes a larger loss, lost when all of it is larger;
 # two arms are equivalent when it excludes a larger difference.
 SMALL = 5.0
-STEPS = 10  # at a run's beginning and at its end: what sampled answers earn
+STEPS = 10  # before a run and at its end: what sampled answers earn
+# What RL starts from -> a run that samples from it and hardly moves it.
+BEFORE = {"sft": "before_sft", "base": "before_base"}
 
 
 # ==== 1. What they answered ====
@@ -369,21 +371,22 @@ def reward_table(out: Path, seeds: list[int], failed: dict[str, str]) -> list[st
     """Where does the reward go?"""
     rows = []
     for arm in TABLE_4:
-        row = [ARMS[arm]]
+        row, before = [ARMS[arm]], BEFORE["base" if arm == "rl_no_sft" else "sft"]
         for key in ("format", "validity"):
-            ends = []  # [seeds][2]
-            for seed in seeds:
-                task = f"seed{seed}/{arm}"
-                log = [] if task in failed else read_log(out / task / "metrics.jsonl")
-                values = [value for _, value in numbers(log, key)] or [math.nan]
-                ends.append([100 * np.mean(values[:STEPS]), 100 * np.mean(values[-STEPS:])])
-            row += [cell(means) or "failed" for means in np.array(ends).T]
+            for run in (before, arm):
+                means = []
+                for seed in seeds:
+                    task = f"seed{seed}/{run}"
+                    log = [] if task in failed else read_log(out / task / "metrics.jsonl")
+                    values = [value for _, value in numbers(log, key)] or [math.nan]
+                    means.append(100 * float(np.mean(values[-STEPS:])))
+                row.append(cell(means) or "failed")
         rows.append(row)
     title = (
-        f"**Where the reward goes.** Sampled answers at temperature 1, mean of GRPO's first and "
-        f"last {STEPS} steps (the first are in training already, from the second step on)"
+        f"**Where the reward goes.** Sampled answers at temperature 1 to the prompts of {STEPS} "
+        "steps: of the model before RL, to the first; of GRPO itself, to the last"
     )
-    header = ["", "format, first", "format, last", "validity, first", "validity, last"]
+    header = ["", "format, before", "format, last", "validity, before", "validity, last"]
     return table(title, header, rows)
 
 

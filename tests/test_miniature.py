@@ -42,7 +42,7 @@ def test_whole_seeds_end_one_after_another_and_each_trains_before_it_is_asked(tm
     begun = []
     miniature.run_all(tmp_path, plan, 1, lambda out, name, command: begun.append(name))
     assert begun == list(plan)
-    assert len(plan) == 2 * 47
+    assert len(plan) == 2 * 49
     half = len(plan) // 2
     assert {name.split("/")[0] for name in begun[:half]} == {"seed0"}
     for name, (needs, _) in plan.items():
@@ -221,6 +221,9 @@ def test_the_three_measures_by_hand(tmp_path):
         row = {"step": step, "format": 0.5 + 0.5 * (step > 15), "validity": float(step > 5)}
         lines += json.dumps(row) + "\n"
     (run / "metrics.jsonl").write_text(lines)
+    (tmp_path / "seed4" / "before_sft").mkdir()
+    before = "".join(lines.splitlines(keepends=True)[:10])
+    (tmp_path / "seed4" / "before_sft" / "metrics.jsonl").write_text(before)
     text = miniature_tables.report(tmp_path, [4], {"seed4/rl_no_format": "exit 1: oh"})
     nothing, all_of = "0.0 (0.0)", "100.0 (100.0)"
     assert f"| base | {nothing} | {nothing} |  | {nothing} |" in text
@@ -234,7 +237,8 @@ def test_the_three_measures_by_hand(tmp_path):
         assert f"| {overlap} | {nothing} | -50.0 (-" in text
     earned = f"50.0 (50.0) | {all_of} | 50.0 (50.0) | {all_of}"
     assert f"| SFT + RL, all rewards | {earned} |" in text
-    assert "| SFT + RL, without format | failed | failed | failed | failed |" in text
+    half = "50.0 (50.0) | failed"
+    assert f"| SFT + RL, without format | {half} | {half} |" in text
     # Predicted boxes are right on half of the items, none on none: they keep all.
     assert "predicted ones keep: SFT direct 100.0 (100.0) %." in text
     assert "| predicted | 50.0 (50.0) | +0.0" in text
