@@ -116,7 +116,7 @@ def split_patients(patients: set[str], test_fraction: float, seed: int) -> dict[
     """patient -> "train" or "test": a seeded shuffle, the first are test (paper, Section 3.1).
 
     Patients whose volumes turn out unusable take part, so that the split stays when a broken
-    download is mended. Of two patients or more neither side is empty, but by a fraction of 0 or 1.
+    download is mended. With two patients or more neither side is empty, unless it is asked for.
     """
     order = sorted(patients)
     random.Random(seed).shuffle(order)
@@ -381,7 +381,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--list-ct", action="store_true", help="print the index's CT-RATE paths, and stop")
     add = parser.add_argument_group("what is kept").add_argument
     add("--max-slices", type=positive_int, default=20, metavar="N", help="per case (paper: 20)")
-    add("--cap", choices=("finding", "volume"), default="finding", help="a case is one (finding)")
+    add("--cap", choices=("finding", "volume"), default="finding", help="what is a case (finding)")
     text = "boxes larger than this share of the slice (the paper and default: 1300/512**2)"
     add("--min-box-fraction", type=fraction, default=1300 / 512**2, metavar="F", help=text)
     add("--test-fraction", type=fraction, default=0.2, metavar="F", help="of patients (paper: 0.2)")

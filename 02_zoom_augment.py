@@ -115,9 +115,9 @@ def crop_square(size: tuple[int, int], box: list[int], margin: float) -> tuple[i
 
     Its side is the longer side of `box` times 1 + 2 * margin: a square, so that the anatomy is not
     distorted, however long and thin the box. It lies around the box's centre; at the picture's edge
-    it is shifted inside; a large one gives up margin to fit. The square of a box
-    longer than the picture's shorter side reaches as far beyond its one edge as beyond the other,
-    and the crop is black there. The box is always whole inside it.
+    it is shifted inside; a large one gives up margin to fit. The square of a box longer than the
+    picture's shorter side reaches as far beyond its one edge as beyond the other, and the crop is
+    black there. The box is always whole inside it.
     """
     width, height = size
     longest = max(box[2] - box[0], box[3] - box[1])

@@ -93,11 +93,13 @@ EFFECTS = [
     Effect("Table 4: RL needs SFT before it", "rl think", "rl_no_sft think"),
     Effect("Table 4: RL alone stays below SFT (direct)", "rl_no_sft think", "sft direct", "-"),
     Effect("Fig. 3: SFT forced to think loses accuracy", "sft think", "sft direct", "-"),
-    Effect("Fig. 3: the same, of readable answers alone", "sft readable", "sft direct", "-"),
+    Effect("Fig. 3: so it does among readable answers alone", "sft readable", "sft direct", "-"),
     Effect("Fig. 3: RL raises accuracy with thinking", "rl think", "sft think"),
     Effect("Fig. 3: RL makes reasoning and answer agree", "rl consistency", "sft consistency"),
-    Effect("More answers move with a swapped reasoning: RL, base", "rl moved", "base moved", ""),
-    Effect("More answers move with a swapped reasoning: RL, SFT", "rl moved", "sft moved", ""),
+    Effect(
+        "Swapped reasoning moves more answers of RL than of the base", "rl moved", "base moved", ""
+    ),
+    Effect("Swapped reasoning moves more answers of RL than of SFT", "rl moved", "sft moved", ""),
     Effect("RL with thinking beats RL without", "rl think", "rl_direct direct"),
     Effect("Locating: RL raises the mean IoU over SFT", "locate_rl direct", "locate_sft direct"),
     Effect("Predicted boxes beat none (RL, think)", "rl_predicted think", "rl_whole think"),

@@ -130,8 +130,8 @@ def jitter_box(size: tuple[int, int], box: list[int], wanted: float, name: str) 
     It is `box`, scaled by a factor from `wanted` to 1 / `wanted` and moved, both at random: the
     first of such boxes that is near enough, or the nearest. For a box as large as 01's (0.5 % of
     the slice) it is off by at most 0.005 on 512 px (0.01 above 0.8), on 140 px by 0.01 up to 0.7
-    and by 0.03 up to 0.9.
-    1 is `box` itself, 0 a box beside it. `name`, the record's id, seeds the draws.
+    and by 0.03 up to 0.9. 1 is `box` itself, 0 a box beside it. `name`, the record's id, seeds the
+    draws.
     """
     generator = random.Random(f"jitter {name}")
     if wanted == 0:

@@ -229,7 +229,7 @@ def test_the_three_measures_by_hand(tmp_path):
     assert f"| base | {nothing} | {nothing} |  | {nothing} |" in text
     assert f"| SFT | {nothing} | {all_of} |  | 50.0 (50.0) | 5.0 (5.0) |" in text
     assert f"| SFT + RL, all rewards | {all_of} | {nothing} |  | 50.0 (50.0) | 5.0 (5.0) |" in text
-    moved = "More answers move with a swapped reasoning: RL, SFT | none (open) "
+    moved = "Swapped reasoning moves more answers of RL than of SFT | none (open) "
     moved += "| +100.0 (+100.0 to +100.0)"
     assert f"| {moved} | +100.0 | differs |" in text
     assert "| 1 | 50.0 (50.0) |  | 50.0 (50.0) |  |" in text
