@@ -93,12 +93,16 @@ def uniforms(seed: int, step: int, prompt: int, sample: int, length: int) -> np.
     return np.random.default_rng([seed, step, prompt, sample]).random(length)
 
 
-def draw_uniforms(indices: list[int], step: int, args: argparse.Namespace) -> torch.Tensor:
-    """The random numbers of a step's samples, [B, N, L], for the prompts of these indices."""
+def draw_uniforms(batch: list[int], step: int, args: argparse.Namespace) -> torch.Tensor:
+    """The random numbers of a step's samples, [B, N, L], for the prompts of these indices.
+
+    A prompt that the batch holds again (an epoch ends in it, or data are few) has others there.
+    """
     N, L = args.group_size, args.max_new_tokens
     groups = []
-    for i in indices:
-        group = [uniforms(args.seed, step, i, n, L) for n in range(N)]
+    for b, i in enumerate(batch):
+        first = N * batch[:b].count(i)
+        group = [uniforms(args.seed, step, i, first + n, L) for n in range(N)]
         groups.append(np.stack(group))
     return torch.from_numpy(np.stack(groups))
 
@@ -368,27 +372,26 @@ def grpo(args: argparse.Namespace) -> None:
         if not can_pack(model.config):
             print("not only full attention: scoring takes one row per sample, not one per prompt")
         print(f"training {args.train}: {count:,} parameters; {len(records)} prompts")
-        batch = f"{args.prompts_per_step} prompts x {args.group_size} completions"
-        print(f"{args.steps} steps of {batch}; processes: {world.size}")
+        size = f"{args.prompts_per_step} prompts x {args.group_size} completions"
+        print(f"{args.steps} steps of {size}; processes: {world.size}")
 
     def load(step: int) -> tuple[list[int], list, dict]:
-        """This rank's prompts of one step: indices, what is right, and their batch."""
+        """One step's indices on all ranks; of this rank's prompts what is right, and the input."""
         batch = batch_indices(len(records), args.prompts_per_step, step, args.seed)
-        indices = world.share(batch)
-        chosen = [records[i] for i in indices]
+        chosen = [records[i] for i in world.share(batch)]
         images, prompts, truths = questions(chosen, processor, args.prompt, args.task)
         ids = [record["id"] for record in chosen]
-        return indices, truths, vlm.encode(processor, images, prompts, names=ids)
+        return batch, truths, vlm.encode(processor, images, prompts, names=ids)
 
     signals = distributed.defer_signals(world)
     bar = tqdm(total=args.steps, initial=done, desc="GRPO", unit="step", disable=not world.main)
     loaded = ahead(load, range(done, args.steps))
-    for step, (indices, truths, prompts) in enumerate(loaded, start=done + 1):
+    for step, (batch, truths, prompts) in enumerate(loaded, start=done + 1):
         began = time.perf_counter()
         distributed.seed_step(args.seed, step, world)
 
         # ---- 1. rollout: N completions of every prompt in one batch ----
-        u = draw_uniforms(indices, step, args).to(world.device)
+        u = world.share(draw_uniforms(batch, step, args)).to(world.device)
         prompts = vlm.to_device(prompts, world.device)
         distributed.refresh(twin, trained)
         twin.eval()
@@ -397,7 +400,7 @@ def grpo(args: argparse.Namespace) -> None:
         sampled = time.perf_counter()
 
         # ---- 2. rewards ----
-        chosen = [records[i] for i in indices]
+        chosen = [records[i] for i in world.share(batch)]
         groups = score_samples(step, chosen, truths, roll, processor, stops, args)
         R = torch.tensor([[s.reward for s in group] for group in groups], device=world.device)
 
@@ -408,7 +411,7 @@ def grpo(args: argparse.Namespace) -> None:
         lr = args.lr * lr_factor(step - 1, args.steps, args.warmup_ratio, args.schedule)
         optimizer.param_groups[0]["lr"] = lr
         model.train()
-        cuts = [slice(b, b + args.micro_batch) for b in range(0, len(indices), args.micro_batch)]
+        cuts = [slice(b, b + args.micro_batch) for b in range(0, len(chosen), args.micro_batch)]
         parts = [roll.rows(cut) for cut in cuts]
         metrics = update(model, reference, parts, [A[c] for c in cuts], world, optimizer, args)
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):

@@ -105,6 +105,20 @@ EFFECTS = [
     Effect("Predicted boxes beat none (RL, think)", "rl_predicted think", "rl_whole think"),
     Effect("True boxes beat predicted ones (RL, think)", "rl think", "rl_predicted think"),
 ]
+# What the table of seeds shows: column and measure. Lesson 5 reads it.
+BY_SEED = [
+    ("base: direct", "base direct"),
+    ("base: think", "base think"),
+    ("SFT: direct", "sft direct"),
+    ("forced to think", "sft think"),
+    ("skill", "sft skill"),
+    ("consistency", "sft consistency"),
+    ("GRPO: direct", "rl direct"),
+    ("thinking", "rl think"),
+    ("skill", "rl skill"),
+    ("consistency", "rl consistency"),
+    ("SFT without patch", "sft_plain direct"),
+]
 # Points. A skill is kept when its interval excludes a larger loss, lost when all of it is larger;
 # two arms are equivalent when it excludes a larger difference.
 SMALL = 5.0
@@ -215,14 +229,19 @@ def cell(means: list[float]) -> str:
     return f"{np.nanmean(means):.1f} ({', '.join(each)})"
 
 
-def shares(seeds: list[dict | None], measure: str, label: str | None = None) -> str:
-    """The cell of a measure, in %, of the items of one class or of all."""
-    means = []
+def percents(seeds: list[dict | None], measure: str, label: str | None = None) -> list[float]:
+    """Each seed's mean of a measure, in %, of the items of one class or of all; or NaN."""
+    found = []
     for items in seeds:
         rows = items[measure].values() if items else ()
         values = [value for value, _, kind in rows if label in (None, kind)]
-        means.append(100 * float(np.mean(values)) if values else math.nan)
-    return cell(means) if any(seeds) else "failed"
+        found.append(100 * float(np.mean(values)) if values else math.nan)
+    return found
+
+
+def shares(seeds: list[dict | None], measure: str, label: str | None = None) -> str:
+    """The cell of a measure, in %, of the items of one class or of all."""
+    return cell(percents(seeds, measure, label)) if any(seeds) else "failed"
 
 
 def gains(pairs: list[dict] | str) -> str:
@@ -417,6 +436,16 @@ def effects_table(found: list[list[dict] | str]) -> list[str]:
     return [*table(title, header, rows), note, ""]
 
 
+def seed_table(items: dict, seeds: list[int]) -> list[str]:
+    """The main arms' figures, one row per seed."""
+    header, columns = ["seed"], [[str(seed) for seed in seeds]]
+    for name, arm_and_measure in BY_SEED:
+        arm, measure = arm_and_measure.split()
+        header.append(name)
+        columns.append([f"{value:.1f}" for value in percents(items[arm], measure)])
+    return table("**Each seed**", header, list(zip(*columns, strict=True)))
+
+
 # ==== 3. The figure and the report ====
 
 
@@ -467,6 +496,7 @@ def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
         *box_table(items),
         *locate_table(items, out, seeds),
         *reward_table(out, seeds, failed),
+        *seed_table(items, seeds),
         *effects_table(found),
     ]
     lines.append(f"Failed runs: {len(failed) or 'none'}.")

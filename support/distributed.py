@@ -48,8 +48,8 @@ class World:
             dist.all_reduce(total)
         return total.tolist()
 
-    def share(self, items: list) -> list:
-        """This rank's part of a global batch."""
+    def share(self, items: list | torch.Tensor) -> list | torch.Tensor:
+        """This rank's part of a global batch, which is a list or a tensor's first dimension."""
         return items[self.rank :: self.size]
 
     def gather(self, items: list) -> list:

@@ -243,6 +243,15 @@ def test_sample_seeds_differ_and_repeat():
     assert len(draws) == 5 and tuple(grpo.uniforms(0, 1, 2, 3, 3)) in draws
 
 
+def test_a_prompt_that_a_batch_holds_twice_is_sampled_anew():
+    flags = "--group-size 2 --max-new-tokens 3 --seed 7 --model".split()
+    u = grpo.draw_uniforms([4, 9, 4], 5, grpo.parse_args([*flags, str(vlm.TINY)]))
+    assert u.shape == (3, 2, 3) and len(u.unique()) == 18
+    for b, (prompt, first) in enumerate([(4, 0), (9, 0), (4, 2)]):
+        for n in range(2):
+            assert u[b, n].tolist() == grpo.uniforms(7, 5, prompt, first + n, 3).tolist()
+
+
 def test_update_does_not_depend_on_micro_batches_or_order(processor, records, roll, model, world):
     """One part or three, in any order, give the same weights; the frozen tower stays as it was."""
     reward = torch.tensor([[4.0, 0, 2, 1], [0, 0, 0, 4], [2, 2, 2, 2]])

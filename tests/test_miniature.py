@@ -243,6 +243,8 @@ def test_the_three_measures_by_hand(tmp_path):
     assert "predicted ones keep: SFT direct 100.0 (100.0) %." in text
     assert "| predicted | 50.0 (50.0) | +0.0" in text
     assert f"| base | {nothing} | {nothing} |" in text  # of locating
+    row = "0.0 | 0.0 | 50.0 | 50.0 | nan | nan | 50.0 | 50.0 | nan | nan | 50.0"
+    assert "| seed | base: direct | base: think |" in text and f"\n| 4 | {row} |\n" in text
     same = "+0.0 (+0.0 to +0.0) | +0.0 | equivalent within 5 |"
     assert f"| Table 3: the farthest corner (SFT, direct) | none (open) | {same}" in text
     assert f"| RL with thinking beats RL without | none (+) | {same}" in text
