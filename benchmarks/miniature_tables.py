@@ -393,7 +393,7 @@ def reward_table(out: Path, seeds: list[int], failed: dict[str, str]) -> list[st
     rows = []
     for arm in TABLE_4:
         row, before = [ARMS[arm]], BEFORE["base" if arm == "rl_no_sft" else "sft"]
-        for key in ("format", "validity"):
+        for key in ("format", "validity", "correctness"):
             for run in (before, arm):
                 means = []
                 for seed in seeds:
@@ -408,6 +408,7 @@ def reward_table(out: Path, seeds: list[int], failed: dict[str, str]) -> list[st
         "steps: of the model before RL, to the first; of GRPO itself, to the last"
     )
     header = ["", "format, before", "format, last", "validity, before", "validity, last"]
+    header += ["right, before", "right, last"]
     return table(title, header, rows)
 
 
@@ -491,14 +492,14 @@ def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
     sizes = [len(one["direct"]) if one else 0 for one in items["base"]]
     head = f"Seeds {', '.join(map(str, seeds))}; test items {', '.join(map(str, sizes))}."
     means = "All figures in %, greedy: the mean over seeds, in brackets each seed's."
-    lines = [f"{head} {means} Chance: 14.3 %.", "", *paper_tables(items), *swap_table(items)]
-    lines += [
-        *box_table(items),
-        *locate_table(items, out, seeds),
-        *reward_table(out, seeds, failed),
-        *seed_table(items, seeds),
-        *effects_table(found),
-    ]
+    lines = [f"{head} {means} Chance: 14.3 %.", ""]
+    lines += effects_table(found)
+    lines += seed_table(items, seeds)
+    lines += paper_tables(items)
+    lines += swap_table(items)
+    lines += box_table(items)
+    lines += locate_table(items, out, seeds)
+    lines += reward_table(out, seeds, failed)
     lines.append(f"Failed runs: {len(failed) or 'none'}.")
     lines += [f"- {name}: {why}" for name, why in failed.items()]
     text = "\n".join(lines) + "\n"

@@ -219,6 +219,7 @@ def test_the_three_measures_by_hand(tmp_path):
     lines = ""
     for step in range(1, 31):
         row = {"step": step, "format": 0.5 + 0.5 * (step > 15), "validity": float(step > 5)}
+        row["correctness"] = 0.5 * (step > 20)
         lines += json.dumps(row) + "\n"
     (run / "metrics.jsonl").write_text(lines)
     (tmp_path / "seed4" / "before_sft").mkdir()
@@ -235,10 +236,11 @@ def test_the_three_measures_by_hand(tmp_path):
     assert "| 1 | 50.0 (50.0) |  | 50.0 (50.0) |  |" in text
     for overlap in ("0.7", "0.5", "0.3", "0", "whole"):
         assert f"| {overlap} | {nothing} | -50.0 (-" in text
-    earned = f"50.0 (50.0) | {all_of} | 50.0 (50.0) | {all_of}"
+    earned = f"50.0 (50.0) | {all_of} | 50.0 (50.0) | {all_of} | {nothing} | 50.0 (50.0)"
     assert f"| SFT + RL, all rewards | {earned} |" in text
     half = "50.0 (50.0) | failed"
-    assert f"| SFT + RL, without format | {half} | {half} |" in text
+    row = f"{half} | {half} | {nothing} | failed"
+    assert f"| SFT + RL, without format | {row} |" in text
     # Predicted boxes are right on half of the items, none on none: they keep all.
     assert "predicted ones keep: SFT direct 100.0 (100.0) %." in text
     assert "| predicted | 50.0 (50.0) | +0.0" in text
