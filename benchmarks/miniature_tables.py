@@ -35,6 +35,8 @@ SWAPPED = (*MAIN, "rl_no_sft")  # those that answer after another slice's reason
 TABLE_1 = (*MAIN, "rl_direct")  # and Table 2
 TABLE_3 = ("sft", "sft_plain", "sft_corner")
 TABLE_4 = ("rl", "rl_no_format", "rl_no_validity", "rl_correctness", "rl_no_sft")
+# Whose classes without a right answer are counted.
+NEVER = (("sft", "direct"), ("rl", "think"), ("rl_direct", "direct"), ("rl_no_sft", "think"))
 # SFT (direct) and RL (thinking) are also asked about pictures with a wrong box of this IoU with the
 # right one, or with no box and no patch. Name -> the flags with which 02 draws them.
 WRONG_BOXES = {
@@ -293,6 +295,16 @@ def paper_tables(items: dict) -> list[str]:
         rows.append(row)
     title = "**Fig. 1d. Accuracy by class** (base and SFT direct, RL thinking)"
     lines += table(title, ["", *(ARMS[arm] for arm in MAIN)], rows)
+
+    rows = []
+    for arm, mode in NEVER:
+        right = np.array([percents(items[arm], mode, name) for name in CLASSES])  # [class, seed]
+        each = []
+        for count, run in zip((right == 0).sum(0), items[arm], strict=True):
+            each.append(str(count) if run else "failed")
+        rows.append([f"{ARMS[arm]}, {mode}", ", ".join(each)])
+    title = "**Classes of which no item is right**, of seven"
+    lines += table(title, ["", "each seed"], rows)
 
     sets = "attribute questions on the test pictures; the paper: ChartQA, TextVQA"
     rows = [cells(items, arm, "skill") for arm in TABLE_1]

@@ -200,6 +200,8 @@ def test_the_report_counts_what_was_answered(tmp_path):
     assert "| base | 0.0 (0.0) | 23.86 | 0.0 (0.0) | 22.38 |" in text
     assert "| SFT | 50.0 (50.0) | 48.54 | 50.0 (50.0) | 37.60 |" in text
     assert f"| {rewards.CLASSES[0]} | 0.0 (0.0) | 100.0 (100.0) | 100.0 (100.0) |" in text
+    assert "| SFT + RL, all rewards, think | 1 |" in text  # items of two classes: one is all wrong
+    assert "| RL without SFT, think | failed |" in text
     assert "| RL without SFT | failed | 46.95 | failed |" in text
     assert "- seed4/eval_rl_no_sft: exit 1: oh" in text
     zoom = "| Table 3: the zoomed patch helps (SFT, direct) | +3.22 | too few patients"
