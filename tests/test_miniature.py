@@ -291,3 +291,48 @@ def test_what_predicted_boxes_keep_by_hand():
     assert miniature_tables.kept(seed, "think", None) == pytest.approx(100 / 3)
     assert miniature_tables.kept(seed, "think", {"1", "2"}) == pytest.approx(50)
     assert math.isnan(miniature_tables.kept(seed, "think", {"0"}))  # nothing is gained there
+
+
+def table_rows(text: str, title: str) -> dict[str, list[str]]:
+    """First cell -> the others, of the first table after `title`."""
+    found = {}
+    for line in text[text.index(title) :].split("\n|", 1)[1].split("\n\n", 1)[0].splitlines():
+        name, *others = [cell.strip() for cell in line.strip("|").split("|")]
+        found[name] = others
+    return found
+
+
+def test_the_readme_shows_the_means_of_the_studys_page():
+    readme = (miniature.ROOT / "README.md").read_text(encoding="utf-8")
+    page = (miniature.ROOT / "benchmarks" / "miniature.md").read_text(encoding="utf-8")
+    shown = table_rows(readme, "## Results")
+    one, three = table_rows(page, "**Table 1."), table_rows(page, "**Table 3.")
+    four = table_rows(page, "**Table 4.")
+    wrong = table_rows(page, "**What a wrong box costs.** Accuracy")
+    expected = {
+        "base": (one["base"][0], one["base"][2]),
+        "SFT": (one["SFT"][0], one["SFT"][2]),
+        "SFT + GRPO": (one["SFT + RL, all rewards"][0], one["SFT + RL, all rewards"][2]),
+        "SFT + GRPO, trained without reasoning": (one["SFT + RL, without thinking"][0], ""),
+        "SFT without the zoomed patch": (three["SFT without the patch"][0], ""),
+        "GRPO without SFT": ("", four["RL without SFT"][0]),
+    }
+    assert len(shown) == len(expected) + 2  # the header and the line below it
+    for name, means in expected.items():
+        assert [shown[name][0], shown[name][2]] == [mean.split(" ")[0] for mean in means]
+    boxes = table_rows(readme, "Drawn from its boxes")
+    for name, column in (("SFT, direct", 0), ("SFT + GRPO, with reasoning", 2)):
+        cells = [wrong[box][column] for box in ("1", "predicted", "whole")]
+        assert boxes[name] == [mean.split(" ")[0] for mean in cells]
+
+
+def test_the_shipped_logs_are_seed_0_of_the_studys_page():
+    page = (miniature.ROOT / "benchmarks" / "miniature.md").read_text(encoding="utf-8")
+    rewarded = table_rows(page, "**Where the reward goes.**")
+    for run, arm in (("rl", "SFT + RL, all rewards"), ("rl_no_sft", "RL without SFT")):
+        lines = (miniature.ROOT / "benchmarks" / "logs" / f"{run}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["step"] for row in rows] == list(range(1, 201))
+        right = 100 * np.mean([row["correctness"] for row in rows[-10:]])
+        first = rewarded[arm][5].partition(" (")[2].split(",")[0]
+        assert float(first) == pytest.approx(right, abs=0.06)
