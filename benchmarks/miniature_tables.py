@@ -78,7 +78,8 @@ class Effect:
 
 
 # The base's thinking, RL alone against SFT, RL's gain with thinking, readable answers, correctness
-# only and RL's swapped reasoning against the base's were added when two of the seeds had been seen.
+# only and RL's swapped reasoning against the base's were added when two or three of the seeds had
+# been seen; the sign "+" of the swapped reasoning against SFT's was withdrawn then.
 EFFECTS = [
     Effect("Table 1: the base loses by thinking", "base think", "base direct", "-"),
     Effect("Table 1: SFT raises direct accuracy over the base", "sft direct", "base direct"),
@@ -503,7 +504,8 @@ def report(out: Path, seeds: list[int], failed: dict[str, str]) -> str:
 
     sizes = [len(one["direct"]) if one else 0 for one in items["base"]]
     head = f"Seeds {', '.join(map(str, seeds))}; test items {', '.join(map(str, sizes))}."
-    means = "All figures in %, greedy: the mean over seeds, in brackets each seed's."
+    means = "All figures in %, of greedy answers except in the last table: the mean over seeds, in "
+    means += "brackets each seed's."
     lines = [f"{head} {means} Chance: 14.3 %.", ""]
     lines += effects_table(found)
     lines += seed_table(items, seeds)

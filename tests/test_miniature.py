@@ -313,14 +313,17 @@ def test_the_readme_shows_the_means_of_the_studys_page():
         "base": (one["base"][0], one["base"][2]),
         "SFT": (one["SFT"][0], one["SFT"][2]),
         "SFT + GRPO": (one["SFT + RL, all rewards"][0], one["SFT + RL, all rewards"][2]),
-        "SFT + GRPO, trained without reasoning": (one["SFT + RL, without thinking"][0], ""),
+        "SFT + GRPO, trained without reasoning": (
+            one["SFT + RL, without thinking"][0],
+            one["SFT + RL, without thinking"][2],
+        ),
         "SFT without the zoomed patch": (three["SFT without the patch"][0], ""),
-        "GRPO without SFT": ("", four["RL without SFT"][0]),
+        "GRPO without SFT": (four["RL without SFT"][4], four["RL without SFT"][0]),
     }
     assert len(shown) == len(expected) + 2  # the header and the line below it
     for name, means in expected.items():
         assert [shown[name][0], shown[name][2]] == [mean.split(" ")[0] for mean in means]
-    boxes = table_rows(readme, "Drawn from its boxes")
+    boxes = table_rows(readme, "With its boxes")
     for name, column in (("SFT, direct", 0), ("SFT + GRPO, with reasoning", 2)):
         cells = [wrong[box][column] for box in ("1", "predicted", "whole")]
         assert boxes[name] == [mean.split(" ")[0] for mean in cells]
