@@ -16,7 +16,7 @@ takes the plain path below). Old log-probs are the first pass's own values, sinc
 pass use the same weights: on a GPU the rollout's are a bf16 twin of the policy, its fp32 masters
 rounded as the matrix products of a pass round them, and whole where the policy is sharded.
 
-    python 04_grpo.py                                      the tiny demo, five minutes
+    python 04_grpo.py                                      the tiny demo, 3 to 5 minutes
     torchrun --nproc-per-node 8 04_grpo.py --data data/real_zoom --model runs/real_sft --shard \\
         --gradient-checkpointing --out runs/real_grpo
 
