@@ -397,7 +397,7 @@ def locate_table(items: dict, out: Path, seeds: list[int]) -> list[str]:
         for where, each in shares.items():
             told = "Of what the true box adds to no box, predicted ones keep"
             told += f" {where}" if where else ""
-            lines.append(f"{told}: {ARMS[arm]} {mode} {cell(each or [math.nan]) or 'failed'} %.")
+            lines.append(f"- {told}: {ARMS[arm]} {mode} {cell(each or [math.nan]) or 'failed'} %.")
     return [*lines, ""]
 
 
