@@ -40,6 +40,7 @@ def test_a_check_that_breaks_off_is_a_line_that_fails(tmp_path, capsys):
 
 
 def test_against_trl_it_reads_what_grpo_step_prints(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("trl", reason="pip install -r benchmarks/requirements.txt")
     sides = {"trl": [dict.fromkeys(PARTS, 6.0)], "04": [dict.fromkeys(PARTS, 4.0)]}
     grpo_step.print_table(
         grpo_step.parse_args(["--warmup", "0"]), {k: v[0] for k, v in sides.items()}, sides
