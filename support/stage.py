@@ -164,7 +164,9 @@ def parallel(function: Callable, jobs: list[tuple], workers: int, label: str) ->
         try:
             futures = [pool.submit(function, *job) for job in jobs]
             pool.submit(int)  # a submission makes the pool watch all workers begun before it
-        except OSError as error:  # one was killed so soon that the pool has closed its pipes
+        except (OSError, ValueError) as error:
+            # One was killed so soon that the pool has closed its pipes, whose numbers then name
+            # nothing, or another file.
             raise BrokenProcessPool from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import zlib
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,24 @@ def test_a_killed_worker_ends_the_others_at_once(seconds):
         list(parallel(time.sleep, [(60,)] * 3, 3, "test"))
     thread.join()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("error", [OSError("handle is closed"), ValueError("fds_to_keep")])
+def test_a_worker_killed_while_the_next_one_begins_is_told_as_such(error, monkeypatch):
+    """The pool then closes the pipes that the next one is to inherit."""
+    resource_tracker.ensure_running()  # a process that would be begun before the first worker
+    begin, begun = util.spawnv_passfds, []
+
+    def spawn(*arguments):
+        if begun:
+            raise error
+        begun.append(begin(*arguments))
+        return begun[0]
+
+    monkeypatch.setattr(util, "spawnv_passfds", spawn)
+    with pytest.raises(BadInput, match="a worker was killed"):
+        list(parallel(time.sleep, [(60,)] * 3, 3, "test"))
+    assert begun and not multiprocessing.active_children()
 
 
 def test_an_exception_of_a_worker_tells_where_it_was_raised():
