@@ -27,8 +27,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
-# Before torch is imported: idle threads leave a shared core to others.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in notebooks
 warnings.filterwarnings("ignore", message="IProgress not found")
 

@@ -155,7 +155,7 @@ def test_update(model, reference, processor, rows, roll, world, monkeypatch, bet
         for score in (engine.packed_logprobs, grpo.plain_logprobs) if key in batch else ():
             with torch.no_grad():
                 logp = score(scored, roll, 1.0)
-            assert close(logp[roll.mask], batch[key][mask], 1e-5), (key, score)
+            torch.testing.assert_close(logp[roll.mask], batch[key][mask], rtol=1e-5, atol=1e-5)
 
     # our update, in two micro-batches
     flags = ["--model", str(vlm.TINY), "--kl", str(beta), "--inner-epochs", str(epochs)]
